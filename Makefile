@@ -1,0 +1,48 @@
+# `make train` and `make test` are all that a newcomer needs; everything happens in .venv
+PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup dev train test lab bench docs render clean
+
+.venv/run: settings.ini setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing alpaca_ft and what it needs into .venv"
+	$(PIP) -e .
+	@touch $@
+
+.venv/dev: .venv/run
+	@echo "installing the development tools"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+setup: .venv/run
+dev: .venv/dev
+
+train: setup
+	$(BIN)/alpaca_ft train
+
+test: dev
+	$(BIN)/python -c "from alpaca_ft.model import demo_model; demo_model()"
+	cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest
+
+lab: dev
+	$(BIN)/jupyter lab nbs
+
+render: dev
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/render.py readme
+
+docs: dev
+	$(PIP) zensical
+	rm -rf _docs _proc && mkdir -p _proc
+	$(BIN)/python tools/render.py site _proc
+	$(BIN)/zensical build --clean
+
+bench: dev
+	$(BIN)/python benchmarks/bench.py
+
+clean:
+	rm -rf .venv build dist _docs _proc *.egg-info .pytest_cache

@@ -1,0 +1,24 @@
+__version__ = "0.1.0"
+
+# Every exported name can be imported from here; its module is loaded at the first use, so that `import alpaca_ft` is quick.
+_modules = dict(
+    data='Refused load_alpaca split_alpaca read_rows row_problem clean_rows write_jsonl fetch_artifact cache_dir',
+    prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize',
+    packing='pack truncate plot_packing PackedCollator isolation_error leakage',
+    model='demo_model load_model load_tokenizer freeze untie decoder_layers param_count compute_dtype autocast checkpoint_trained memory_estimate model_shape save_model',
+    sampling='generate generate_all generation_config LLMSampleCB fit_prompt printable append_jsonl as_found',
+    trainer='RunConfig read_config sft_config make_trainer plan token_losses Diverged',
+    run='train check prepare preflight before_after Run Plugin',
+    tracking='Tracking wandb_mode',
+)
+_where = {name: module for module, names in _modules.items() for name in names.split()}
+__all__ = sorted(_where)
+
+
+def __getattr__(name):
+    from importlib import import_module
+    if name in _where: return getattr(import_module(f'alpaca_ft.{_where[name]}'), name)
+    raise AttributeError(f'module alpaca_ft has no attribute {name!r}')
+
+
+def __dir__(): return sorted({*globals(), *_where})

@@ -1,0 +1,62 @@
+"A tiny random model with a small tokenizer of its own, made once: real parts, no download."
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope='session')
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    from alpaca_ft import create_prompt, load_alpaca
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.train_from_iterator([create_prompt(r) for r in load_alpaca()['train']], trainers.BpeTrainer(
+        vocab_size=600, special_tokens=['<s>', '</s>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', pad_token='</s>')
+
+
+def tiny_model(vocab=600, **kw):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**dict(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1) | kw))
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory, tokenizer):
+    "A folder that from_pretrained reads."
+    folder = tmp_path_factory.mktemp('models')/'tiny'
+    tiny_model().save_pretrained(folder); tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def rows(tmp_path_factory):
+    "Forty of the built-in rows as a file."
+    from alpaca_ft import load_alpaca
+    path = tmp_path_factory.mktemp('rows')/'rows.jsonl'
+    path.write_text(''.join(json.dumps(r) + '\n' for r in load_alpaca()['train'].select(range(40))))
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "An empty working directory."
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(capfd):
+    "Run the command in this process: (exit code, stdout, stderr)."
+    def run(*argv):
+        from alpaca_ft.cli import main
+        capfd.readouterr()
+        try: code = main([str(a) for a in argv])
+        except SystemExit as e: code = e.code
+        out, err = capfd.readouterr()
+        return code, out, err
+    return run

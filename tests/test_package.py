@@ -1,0 +1,77 @@
+"The package as a whole: quick to import, small, in order, documented; notebooks that open anywhere."
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parent.parent
+notebooks = sorted((root/'nbs').glob('*.ipynb'))
+chapters = {m[1]: p for p in notebooks if (m := re.search(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8')))}
+
+
+def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize('module', ['alpaca_ft', 'alpaca_ft.cli', 'alpaca_ft.data', 'alpaca_ft.trainer', 'alpaca_ft.run'])
+def test_imports_nothing_heavy(module):
+    assert python(f"import sys, {module}; print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'wandb', 'numpy', 'pyarrow') if m in sys.modules])") == '[]'
+
+
+def test_lazy_names():
+    import alpaca_ft
+    from importlib import import_module
+    for name, module in alpaca_ft._where.items(): assert name in import_module(f'alpaca_ft.{module}').__all__, name
+    assert set(alpaca_ft._modules) | {'cli'} == set(chapters)
+
+
+def test_sizes():
+    lines = {p.name: len(p.read_text(encoding='utf-8').splitlines()) for p in (root/'alpaca_ft').glob('*.py') if p.name != '_modidx.py'}
+    assert max(lines.values()) <= 350 and sum(lines.values()) < 3000, lines
+
+
+def test_import_order():
+    "A module imports only from modules of earlier chapters."
+    order = list(chapters)
+    for i, name in enumerate(order):
+        for node in ast.walk(ast.parse((root/'alpaca_ft'/f'{name}.py').read_text(encoding='utf-8'))):
+            if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('alpaca_ft.'):
+                assert node.module.split('.')[1] in order[:i], f'{name} imports {node.module}'
+
+
+def test_documented():
+    "Every exported function has a docstring, and a comment beside each parameter."
+    from fastcore.docments import docments
+    from importlib import import_module
+    for name in chapters:
+        module = import_module(f'alpaca_ft.{name}')
+        for x in module.__all__:
+            f = getattr(module, x)
+            if not callable(f): continue
+            assert f.__doc__, f'{name}.{x}'
+            if isinstance(f, type): continue
+            named = [k for k, p in inspect.signature(f).parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+            undocumented = [k for k, v in docments(f).items() if v is None and k in named]
+            assert not undocumented, f'{name}.{x}: {undocumented}'
+
+
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+def test_notebook(path):
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    assert set(nb['metadata']) <= {'kernelspec'}
+    assert path.stat().st_size < 500_000
+    code = [c for c in nb['cells'] if c['cell_type'] == 'code']
+    assert any(c['outputs'] for c in code)
+    for c in code:
+        for o in c['outputs']:
+            assert o['output_type'] != 'error' and 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})
+            assert not re.search(r'/(root|home|tmp|work)/', json.dumps(o)), f'{path.name}: a path of the machine in an output'
+
+
+def test_chapter_numbers():
+    numbers = [int(p.stem[:2]) for p in notebooks if p.stem != 'index']
+    assert numbers == list(range(len(numbers)))
