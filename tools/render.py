@@ -45,6 +45,7 @@ def markdown(path, api=True):
     "Markdown of a notebook, and its pictures as {name: bytes}."
     nb = nbformat.read(path, 4)
     nb.cells = list(cells(nb, api))
+    nb.metadata.language_info = dict(name='python')
     text, resources = MarkdownExporter().from_notebook_node(nb, dict(unique_key=f'{path.stem}_files/{path.stem}'))
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources.get('outputs', {})
 
