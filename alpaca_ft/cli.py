@@ -79,7 +79,7 @@ def main(
     try: dict(train=_train, check=_check)[args.command](args); return 0
     except Refused as e: code, why = 2, e
     except RuntimeError as e:
-        if type(e).__name__ != 'Diverged': raise
-        code, why = 3, e
+        if type(e).__name__ not in ('Diverged', 'Stopped'): raise
+        code, why = (3 if type(e).__name__ == 'Diverged' else 75), e
     print(f'alpaca_ft: {why}', file=sys.stderr)
     return code

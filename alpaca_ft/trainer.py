@@ -37,7 +37,13 @@ class RunConfig:
     skip_bad_rows:bool = False  # leave unusable rows out, and count them, instead of refusing the file
     dtype:str = 'auto'  # `auto`: bf16 products where the hardware is fast at them; `bf16` or `fp32`
     activation_checkpointing:bool = False  # recompute the trained layers' activations: less memory, a quarter more time
-    track:str = 'none'  # `none` or `wandb`
+    prefix_cache:str = 'auto'  # keep the frozen layers' output instead of computing it again: `auto`, `off`, `memory` or `disk`
+    save_every:int = None  # optimizer steps between checkpoints; none: no checkpoints but the one that a signal asks for
+    keep:int = 2  # checkpoints kept
+    resume:bool = False  # go on with the run in --out from its last complete checkpoint
+    resume_anyway:bool = False  # resume although an option that may change has changed
+    loss_spike_stop:float = None  # stop where the loss is so many times its running mean; none: never
+    track:str = 'none'  # `none`, `wandb` or `trackio`
     project:str = 'alpaca_ft'  # the tracker's project
     tags:str = 'hf_sft'  # the tracker's tags, with commas between
     trust_remote_code:bool = False  # run Python code that comes with the model
@@ -46,8 +52,8 @@ class RunConfig:
     def __post_init__(self): check_options(self)
 
 # %% ../nbs/06_trainer.ipynb #06-008
-CHOICES = dict(loss_on=('all', 'response'), dtype=('auto', 'bf16', 'fp32'), track=('none', 'wandb'))  # option: its values
-LEAST = dict(n_freeze=0, seq_len=8, batch_size=1, micro_batch_size=1, epochs=1, max_steps=1, eval_every=1, n_samples=0, max_new_tokens=1, seed=0, lr=0., warmup=0.)  # option: its least value
+CHOICES = dict(loss_on=('all', 'response'), dtype=('auto', 'bf16', 'fp32'), track=('none', 'wandb', 'trackio'), prefix_cache=('auto', 'off', 'memory', 'disk'))  # option: its values
+LEAST = dict(n_freeze=0, seq_len=8, batch_size=1, micro_batch_size=1, epochs=1, max_steps=1, eval_every=1, n_samples=0, max_new_tokens=1, seed=0, lr=0., warmup=0., save_every=1, keep=1, loss_spike_stop=1.)  # option: its least value
 
 # %% ../nbs/06_trainer.ipynb #06-009
 def _typed(
@@ -269,6 +275,7 @@ def make_trainer(
     callbacks:list=(),  # TrainerCallbacks
     mixins:tuple=(),  # more classes laid over SFTTrainer
     report_to:list=(),  # trackers that are already running
+    collator=None,  # makes batches of packed rows; None: `run_collator`
 ):  # an SFTTrainer
     "TRL's SFTTrainer on packed rows and a frozen model, with `Frugal` laid over it."
     import torch
@@ -278,7 +285,7 @@ def make_trainer(
     bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
     cls = type('FrugalSFTTrainer', (*mixins, Frugal, SFTTrainer), {})
     trainer = cls(model, args=sft_config(cfg, len(train), out, bf16, report_to), train_dataset=train, eval_dataset=test, processing_class=tokenizer,
-                  data_collator=run_collator(tokenizer.pad_token_id, cfg.loss_on), callbacks=[LastEvaluation(), *callbacks])
+                  data_collator=collator or run_collator(tokenizer.pad_token_id, cfg.loss_on), callbacks=[LastEvaluation(), *callbacks])
     for cb in (PrinterCallback, ProgressCallback): trainer.remove_callback(cb)
     if cfg.activation_checkpointing: checkpoint_trained(model)
     return trainer
