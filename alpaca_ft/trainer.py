@@ -202,9 +202,11 @@ class Frugal:
         self.model_accepts_loss_kwargs = True  # count the step's tokens and hand them to compute_loss
         self.tokens, self._step_tokens, self._t0 = 0, 0, None
 
+    def token_losses(self, model, inputs): return token_losses(model, inputs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Sum of the micro-batch's token losses over the tokens of the whole step (over its own tokens, outside of a step)."
-        loss, on, _ = token_losses(model, inputs)
+        loss, on, _ = self.token_losses(model, inputs)
         n = on.sum() if num_items_in_batch is None else num_items_in_batch
         scale = self.accelerator.num_processes if num_items_in_batch is not None else 1  # DDP averages gradients over processes
         return loss.sum()*scale/n
@@ -241,7 +243,7 @@ class Frugal:
         with torch.no_grad(), autocast(self.model):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 inputs = self._prepare_inputs(inputs) | dict(labels=inputs['all_labels'])
-                loss, on, response = token_losses(self.model, inputs)
+                loss, on, response = self.token_losses(self.model, inputs)
                 per_row = torch.stack([x.double().sum(1) for x in (loss, on, loss*response, response & on)], 1)
                 sums += self.accelerator.gather_for_metrics(per_row).sum(0).cpu()
         a, n, b, m = sums.tolist()
