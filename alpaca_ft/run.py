@@ -31,6 +31,7 @@ class Run:
     out:Path = None  # the run folder
     trainer:object = None  # TRL's trainer
     train_model:object = None  # trained in the model's place, sharing what trains with it; None: the model itself
+    fast:bool = False  # attention within documents is used
     collator:object = None  # makes batches of packed rows; None: the trainer's own
     report_to:list = field(default_factory=list)  # trackers that are running
     resume_from:Path = None  # the checkpoint to go on from
@@ -50,7 +51,7 @@ class Plugin:
     def finish(self, run, error): "Close what was opened, on every way out; `error` is the exception or None."
 
 # %% ../nbs/07_finetune.ipynb #07-009
-PLUGINS = ('alpaca_ft.tracking:Tracking',)  # 'module:Class' of what later chapters add to every run, in this order
+PLUGINS = ('alpaca_ft.speed:Speed', 'alpaca_ft.prefix:PrefixCache', 'alpaca_ft.tracking:Tracking')  # 'module:Class' of what later chapters add to every run, in this order
 
 # %% ../nbs/07_finetune.ipynb #07-010
 def quiet()->None:

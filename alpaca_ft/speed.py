@@ -151,5 +151,5 @@ class Speed(Plugin):
         bf16 = any(p.dtype == torch.bfloat16 for p in run.model.parameters())
         try: d = differs(run.model, run_collator(0, 'all')([piece]))
         except Exception as e: d = f'{type(e).__name__}: {" ".join(str(e).split())[:100]}'
-        if isinstance(d, float) and d < (0.15 if bf16 else 1e-3): self.mixins = (Fast,)
+        if isinstance(d, float) and d < (0.15 if bf16 else 1e-3): self.mixins, run.fast = (Fast,), True
         else: print(f'speed: the plain step is used, the fast one differs ({d})', file=sys.stderr)
