@@ -6,10 +6,15 @@ _modules = dict(
     prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize',
     packing='pack truncate plot_packing PackedCollator isolation_error leakage',
     model='demo_model load_model load_tokenizer freeze untie decoder_layers param_count compute_dtype autocast checkpoint_trained memory_estimate model_shape save_model',
-    sampling='generate generate_all generation_config LLMSampleCB fit_prompt printable append_jsonl as_found',
+    sampling='generate generate_all generation_config LLMSampleCB fit_prompt printable append_jsonl as_found before_after',
     trainer='RunConfig read_config sft_config make_trainer plan token_losses Diverged',
-    run='train check prepare preflight before_after Run Plugin',
+    run='train check prepare preflight Run Plugin',
+    checkpoints='Checkpoints checkpoints damage last_complete resume_command',
+    faults='Faults Failed memory_advice out_of_memory',
+    speed='Speed isolated document_attention linear_loss',
+    prefix='PrefixCache prefix_states tail',
     tracking='Tracking wandb_mode',
+    report='Report write_report read_run',
 )
 _where = {name: module for module, names in _modules.items() for name in names.split()}
 __all__ = sorted(_where)

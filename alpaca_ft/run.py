@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLUGINS', 'Run', 'Stopped', 'Plugin', 'quiet', 'load_rows', 'fingerprint', 'prepare', 'pack_rows', 'probe',
            'preflight', 'preflight_lines', 'check', 'run_folder', 'versions', 'write_start', 'metrics_callback',
-           'before_after', 'load_plugins', 'train', 'build_trainer']
+           'load_plugins', 'train', 'build_trainer']
 
 # %% ../nbs/07_finetune.ipynb #07-003
 import hashlib, importlib, json, os, resource, sys, time
@@ -51,14 +51,16 @@ class Plugin:
     def finish(self, run, error): "Close what was opened, on every way out; `error` is the exception or None."
 
 # %% ../nbs/07_finetune.ipynb #07-009
-PLUGINS = ('alpaca_ft.speed:Speed', 'alpaca_ft.prefix:PrefixCache', 'alpaca_ft.tracking:Tracking')  # 'module:Class' of what later chapters add to every run, in this order
+PLUGINS = ('alpaca_ft.faults:Faults', 'alpaca_ft.checkpoints:Checkpoints', 'alpaca_ft.speed:Speed', 'alpaca_ft.prefix:PrefixCache', 'alpaca_ft.tracking:Tracking', 'alpaca_ft.report:Report')  # 'module:Class' of what later chapters add to every run, in this order
 
 # %% ../nbs/07_finetune.ipynb #07-010
 def quiet()->None:
     "One progress bar is enough: those for loading weights and mapping rows are turned off, and notices with them."
     import datasets
+    from huggingface_hub import constants
     from transformers.utils import logging as hf
     datasets.disable_progress_bars(); hf.disable_progress_bar(); hf.set_verbosity_error()
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would report every trainer to the hub
 
 # %% ../nbs/07_finetune.ipynb #07-012
 def load_rows(
@@ -131,7 +133,11 @@ def pack_rows(
         try: packed, reports[split] = pack(tokenize(run.rows[split], run.tokenizer), run.cfg.seq_len)
         except Refused as e: raise Refused(f'{split} rows of {run.cfg.data}: {e}') from None
         setattr(run, split, packed)
-    run.report |= dict(rows_refused=len(bad), why_refused=list(bad[:20]), train=reports['train'], eval=reports['test'], **plan(len(run.train), run.cfg))
+    rows = lambda split: [tuple(r[k] for k in ('instruction', 'input', 'output')) for r in run.rows[split]]
+    seen, held = set(rows('train')), rows('test')
+    both = sum(r in seen for r in held)
+    if both == len(held): raise Refused(f'{run.cfg.eval_data or run.cfg.data}: all {both} evaluation rows are training rows too; give others as --eval-data')
+    run.report |= dict(rows_refused=len(bad), why_refused=list(bad[:20]), eval_in_train=both, train=reports['train'], eval=reports['test'], **plan(len(run.train), run.cfg))
 
 # %% ../nbs/07_finetune.ipynb #07-020
 def probe(
@@ -187,6 +193,7 @@ def preflight_lines(
             lines.append(f"{name:10}{d['examples']:,} rows, {d['tokens']:,} tokens -> {d['rows']:,} packed rows of {d['seq_len']}, {d['fill']:.1%} full; "
                          f"{d['truncated']} truncated, {d['fully_masked']} dropped (no room for a response)")
     if r.get('rows_refused'): lines.append(f"left out  {r['rows_refused']} bad rows, the first: {r['why_refused'][0]}")
+    if r.get('eval_in_train'): lines.append(f"warning   {r['eval_in_train']} of the evaluation rows are training rows too; the held-out loss is too good by them")
     if 'steps' in r: lines.append(f"steps     {r['steps']:,} ({r['steps_per_epoch']:,} an epoch), {r['warmup_steps']} of them warm-up, evaluation every {r['eval_every']:,}")
     lines.append(f"model     {r['parameters']/1e6:,.2f}M parameters, {r['trainable']/1e6:,.2f}M trained")
     m = r['memory_bytes']
@@ -239,8 +246,10 @@ def run_folder(
 )->Path:  # a folder that does not exist yet
     "Where the run will go: `--out`, or runs/NAME, numbered. Refused where something is already."
     if cfg.resume:
-        if not cfg.out or not (Path(cfg.out)/'config.yaml').exists(): raise Refused(f'{cfg.out}: no run to resume (no config.yaml there); give its folder as --out')
-        return Path(cfg.out)
+        out = Path(cfg.out or '')
+        begun = cfg.out and out.is_dir() and ((out/'config.yaml').exists() or {p.name for p in out.iterdir()} <= {'config.yaml.part'})  # killed before it was written
+        if not begun: raise Refused(f'{cfg.out}: no run to resume (no config.yaml there); give its folder as --out')
+        return out
     if cfg.out:
         out = Path(cfg.out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())): raise Refused(f'{out}: exists already; give another --out, or remove it')
@@ -264,7 +273,8 @@ def write_start(
     import yaml
     run.out.mkdir(parents=True, exist_ok=True)
     about = asdict(run.cfg) | dict(out=str(run.out), versions=versions(), fingerprints=run.fingerprints)
-    (run.out/'config.yaml').write_text(yaml.safe_dump(about, sort_keys=False, allow_unicode=True), encoding='utf-8')
+    (run.out/'config.yaml.part').write_text(yaml.safe_dump(about, sort_keys=False, allow_unicode=True), encoding='utf-8')
+    os.replace(run.out/'config.yaml.part', run.out/'config.yaml')  # complete or absent
     (run.out/'preflight.json').write_text(json.dumps(run.report, indent=1, ensure_ascii=False), encoding='utf-8')
 
 # %% ../nbs/07_finetune.ipynb #07-036
@@ -291,40 +301,21 @@ def metrics_callback(
     return Metrics()
 
 # %% ../nbs/07_finetune.ipynb #07-038
-def before_after(
-    samples:Path,  # samples.jsonl
-    n:int=4,  # prompts shown
-    width:int=300,  # characters of an answer
-)->list:  # lines of text
-    "The first and the last answer to the same prompts, and how many answers ended by themselves."
-    from alpaca_ft.sampling import printable
-    rows = [json.loads(l) for l in open(samples, encoding='utf-8')]
-    if not rows: return []
-    first, last = ([r for r in rows if r['step'] == s] for s in (rows[0]['step'], rows[-1]['step']))
-    lines = []
-    for a, b in list(zip(first, last))[:n]:
-        asked = a['prompt'].split('### Instruction:\n')[-1].removesuffix('\n\n### Response:\n').replace('\n\n### Input:\n', ' | ')
-        lines += [f'asked:  {printable(asked, width)}', f"before: {printable(a['generation'].strip(), width)}{'' if a['stopped'] else ' [cut]'}",
-                  f"after:  {printable(b['generation'].strip(), width)}{'' if b['stopped'] else ' [cut]'}", '']
-    stops = lambda rs: f"{sum(r['stopped'] for r in rs)} of {len(rs)}"
-    return lines + [f'answers that ended by themselves: {stops(first)} before, {stops(last)} after']
-
-# %% ../nbs/07_finetune.ipynb #07-040
 def load_plugins(
     names=None,  # 'module:Class' names; None: `PLUGINS`
 )->list:  # Plugin instances
     "The plugins that later chapters registered under their names."
     return [getattr(importlib.import_module(m), c)() for m, c in (n.split(':') for n in (PLUGINS if names is None else names))]
 
-# %% ../nbs/07_finetune.ipynb #07-041
+# %% ../nbs/07_finetune.ipynb #07-039
 def train(
     cfg:RunConfig,  # the options
     plugins:list=None,  # Plugin instances; None: all that the package has
 )->Run:  # with trainer, report and folder
     "Fine-tune as the options say and leave a run folder. Raises `Refused` before anything is written, `Diverged` at a NaN, `Stopped` after a signal."
+    from alpaca_ft.model import save_model
     plugins, out = load_plugins() if plugins is None else plugins, run_folder(cfg)
-    run = prepare(cfg)
-    run.out = out
+    run = prepare(cfg); run.out = out
     preflight(run)
     for p in plugins: p.prepare(run)
     print('\n'.join(preflight_lines(run.report)), file=sys.stderr)
@@ -337,18 +328,17 @@ def train(
         try: run.trainer.train(resume_from_checkpoint=run.resume_from and str(run.resume_from))
         finally: run.model.__dict__.pop('forward', None)  # accelerate and TRL laid their own over it
         if run.stopped: raise Stopped(run.stopped)
-        from alpaca_ft.model import save_model
         save_model(run.model, run.tokenizer, run.out/'model')
     return run
 
-# %% ../nbs/07_finetune.ipynb #07-042
+# %% ../nbs/07_finetune.ipynb #07-040
 def build_trainer(
     run,  # Run, prepared
     plugins:list,  # Plugin instances
 ):  # an SFTTrainer with metrics, samples and the plugins' callbacks
     "The trainer of a run with everything that watches it."
     from alpaca_ft.sampling import LLMSampleCB
-    mixins = tuple(m for p in plugins for m in p.mixins)
+    mixins = tuple(m for p in reversed(plugins) for m in p.mixins)  # what comes later in the course lies on top
     trainer = make_trainer(run.cfg, run.train_model or run.model, run.tokenizer, run.train, run.test, run.out,
                            [metrics_callback(run.out/'metrics.jsonl')], mixins, run.report_to, run.collator)
     trainer.args.eval_on_start = run.resume_from is None

@@ -25,7 +25,9 @@ def document_lengths(
 # %% ../nbs/10_speed.ipynb #10-012
 def document_attention(
     module,  # the attention layer
-    query, key, value,  # (rows, heads, tokens, head size)
+    query,  # (rows, heads, tokens, head size)
+    key,  # the same, perhaps with fewer heads
+    value,  # as key
     attention_mask=None,  # not used: documents are kept apart by slicing
     scaling:float=None,  # of the scores
     dropout:float=0.,  # of the weights

@@ -67,7 +67,7 @@ def _typed(
     if typ in (int, float) and isinstance(v, str):
         try: v = float(v) if typ is float or 'e' in v.lower() else int(v)
         except ValueError: pass
-    if typ is float and isinstance(v, int) and not isinstance(v, bool): v = float(v)
+    if typ is float and isinstance(v, int) and not isinstance(v, bool): v = float(v) if abs(v) < 10**300 else math.inf
     if typ is int and isinstance(v, float) and v.is_integer(): v = int(v)
     if isinstance(v, bool) != (typ is bool) or not isinstance(v, typ) or typ is float and not math.isfinite(v):
         raise Refused(f'{name} is {v!r}; give {dict(int="a whole number", float="a number", str="a text", bool="true or false")[typ.__name__]}')

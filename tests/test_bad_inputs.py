@@ -129,3 +129,20 @@ def test_skip_bad_rows(here, tiny, rows, command):
     (here/'mixed.jsonl').write_bytes(rows.read_bytes() + lines(dict(instruction='x'), 7))
     code, out, err = command('check', '--model', tiny, '--data', 'mixed.jsonl', '--n-freeze', 2, '--seq-len', 256, '--skip-bad-rows')
     assert code == 0 and 'left out  2 bad rows, the first: mixed.jsonl: row 41: output is missing' in out, out + err
+
+
+@pytest.mark.parametrize('shared', [2, 4])
+def test_evaluation_rows_that_were_trained_on(shared, here, tiny, rows, command):
+    "Some of them: a warning with their number. All of them: refused."
+    train = rows.read_bytes().splitlines(keepends=True)
+    (here/'eval.jsonl').write_bytes(b''.join(train[:shared]) + lines(*[good | dict(input=str(i)) for i in range(4 - shared)]))
+    code, out, err = command('check', '--model', tiny, '--data', rows, '--eval-data', 'eval.jsonl', '--n-freeze', 2, '--seq-len', 256)
+    if shared == 2: assert code == 0 and 'warning   2 of the evaluation rows are training rows too' in out, out + err
+    else: assert code == 2 and 'all 4 evaluation rows are training rows too' in err and len(err.splitlines()) == 1, err
+
+
+def test_one_row_given_twelve_times(here, tiny, command):
+    "Duplicates end up on both sides of the split."
+    (here/'a.jsonl').write_bytes(lines(*[good]*12))
+    code, out, err = command('check', '--model', tiny, '--data', 'a.jsonl', '--n-freeze', 2, '--seq-len', 256)
+    assert code == 2 and 'all 1 evaluation rows are training rows too' in err, out + err
