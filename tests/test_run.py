@@ -48,7 +48,7 @@ def test_config(done):
     assert json.loads((done.out/'preflight.json').read_text())['isolated'] is True
 
 
-def test_no_leftovers(done): assert sorted(p.name for p in done.out.iterdir()) == ['config.yaml', 'metrics.jsonl', 'model', 'preflight.json', 'samples.jsonl']
+def test_no_leftovers(done): assert sorted(p.name for p in done.out.iterdir()) == ['config.yaml', 'metrics.jsonl', 'model', 'preflight.json', 'report.html', 'samples.jsonl']
 
 
 def test_diverged(here, tiny, rows, command):
