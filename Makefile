@@ -24,7 +24,7 @@ train: setup
 
 test: dev
 	$(BIN)/python -c "from alpaca_ft.model import demo_model; demo_model()"
-	cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --timing
+	cd nbs && OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest
 
 faults: dev
