@@ -1,0 +1,30 @@
+"The benchmark's driver on a tiny random model: the table and the JSON are complete. What it measures is no matter of tests."
+import json, os, subprocess, sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+
+
+def test_bench(tiny, rows, tmp_path):
+    out = tmp_path/'result.json'
+    cmd = [sys.executable, root/'benchmarks'/'bench.py', '--rounds', 1, '--steps', 2, '--warmup', 1, '--seq-len', 64, '--n-freeze', 2, '--only', 'floor', 'alpaca_ft',
+           '--model', tiny, '--data', rows, '--out', out]
+    r = subprocess.run(list(map(str, cmd)), capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root)), timeout=240)
+    assert r.returncode == 0, r.stderr[-2000:]
+    head, *lines = r.stdout.splitlines()
+    for column in ('tokens/s', '25-75 %', 'x floor', 'peak MiB', 'others'): assert column in head
+    assert [l.split()[1] for l in lines[:2]] == ['floor', 'alpaca_ft']
+    assert 'first epoch, tokens/s, against the bare loop' in r.stdout
+
+    d = json.loads(out.read_text())
+    assert not d['not_measured'] and d['machine']['cores'] and d['machine']['versions']['torch']
+    assert {l['line'] for l in d['lines']} >= {'first epoch, tokens/s, against the bare loop', 'peak memory while training, alpaca_ft against the bare loop'}
+    for c in d['contenders']:
+        assert c['steps'] == 2 and c['workload'] == 'demo' and c['ratio_to_floor']['rounds'] == 1
+        assert 0 < c['tokens_per_second']['q25'] <= c['tokens_per_second']['median'] <= c['tokens_per_second']['q75']
+        (steps,) = c['rounds']
+        assert [s['step'] for s in steps] == [1, 2, 3] and [s['measured'] for s in steps] == [False, True, True]
+        assert all(0 < s['tokens'] <= 64 and s['seconds'] > 0 and s['step_peak'] >= s['rss']*0.99 for s in steps)
+    floor, ours = ([s['loss'] for s in c['rounds'][0]] for c in d['contenders'])
+    assert max(abs(a - b) for a, b in zip(floor, ours)) < 0.05  # the same rows in the same order
+    for secret in (str(tmp_path), str(Path.home()), os.uname().nodename): assert secret not in out.read_text()
