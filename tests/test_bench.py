@@ -7,7 +7,7 @@ root = Path(__file__).resolve().parent.parent
 
 def test_bench(tiny, rows, tmp_path):
     out = tmp_path/'result.json'
-    cmd = [sys.executable, root/'benchmarks'/'bench.py', '--rounds', 1, '--steps', 2, '--warmup', 1, '--seq-len', 64, '--n-freeze', 2, '--only', 'floor', 'alpaca_ft',
+    cmd = [sys.executable, root/'benchmarks'/'bench.py', '--rounds', 1, '--steps', 2, '--warmup', 1, '--seq-len', 512, '--n-freeze', 2, '--only', 'floor', 'alpaca_ft',
            '--model', tiny, '--data', rows, '--out', out]
     r = subprocess.run(list(map(str, cmd)), capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root)), timeout=240)
     assert r.returncode == 0, r.stderr[-2000:]
@@ -24,7 +24,7 @@ def test_bench(tiny, rows, tmp_path):
         assert 0 < c['tokens_per_second']['q25'] <= c['tokens_per_second']['median'] <= c['tokens_per_second']['q75']
         (steps,) = c['rounds']
         assert [s['step'] for s in steps] == [1, 2, 3] and [s['measured'] for s in steps] == [False, True, True]
-        assert all(0 < s['tokens'] <= 64 and s['seconds'] > 0 and s['step_peak'] >= s['rss']*0.99 for s in steps)
+        assert all(0 < s['tokens'] <= 512 and s['seconds'] > 0 and s['process_peak'] >= s['step_peak'] > 0 for s in steps)
     floor, ours = ([s['loss'] for s in c['rounds'][0]] for c in d['contenders'])
     assert max(abs(a - b) for a, b in zip(floor, ours)) < 0.05  # the same rows in the same order
     for secret in (str(tmp_path), str(Path.home()), os.uname().nodename): assert secret not in out.read_text()
