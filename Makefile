@@ -45,7 +45,7 @@ docs: dev
 	$(BIN)/zensical build --clean
 
 bench: dev
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 clean:
 	rm -rf .venv build dist _docs _proc *.egg-info .pytest_cache

@@ -15,8 +15,8 @@ sys.path[:0] = [str(root), str(here)]
 from probe import Load  # noqa: E402
 
 CONTENDERS = ('floor', 'floor-cached', 'trl-doc', 'trl-nockpt', 'llama-factory', 'alpaca_ft', 'alpaca_ft-cached')
-SECTIONS = dict(shape7b='the 7B-proportioned model', batch32='one step of 32 rows', losses='the same losses', sampling='ten samples at once',
-                data='preparing 50,000 rows', help='alpaca_ft --help', launch='launch to first step (from the blocks of the table)')
+SECTIONS = dict(shape7b='the 7B-proportioned model', batch32='one step of many rows', losses='the same losses', sampling='samples at once and one at a time',
+                data='preparing rows', help='alpaca_ft --help', launch='launch to first step (from the blocks of the table)')
 SHAPE7B = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=32, num_attention_heads=4, num_key_value_heads=4, vocab_size=4012,
                max_position_embeddings=4096, tie_word_embeddings=False)  # Llama-2-7B divided by 8; the head is 0.65 of a layer
 LF_PYTHON = here/'.envs'/'llama-factory'/'bin'/'python'
@@ -216,17 +216,19 @@ def warm(xs): return xs[1:] or xs  # the first round fills caches
 
 def show(line):
     "One of the lines below the table."
-    v = f"{line['value']:.3g}{line.get('unit', '')}"
-    return f"{line['line']:76} {v:>9}" + (f"   ({line['low']:.3g}-{line['high']:.3g})" if 'low' in line else '') + (f"   {line['note']}" if 'note' in line else '')
+    number = lambda x: f'{x:,.0f}' if x >= 1000 else f'{x:.3g}'
+    v = number(line['value']) + line.get('unit', '')
+    return f"{line['line']:82} {v:>13}" + (f"   ({number(line['low'])}-{number(line['high'])})" if 'low' in line else '') + (f"   {line['note']}" if 'note' in line else '')
 
 
 def main_lines(done):
     "The ratios between contenders that were measured: `done` is {(workload, who): rounds}."
     out = []
     def add(text, a, b, value=speeds):
-        if a in done and b in done: out.append(dict(line=text, unit='x', **ratio(done[a], done[b], value)))
+        if a in done and b in done and not (value is device and 'cuda_peak' not in done[a][0][0]): out.append(dict(line=text, unit='x', **ratio(done[a], done[b], value)))
     peak = lambda r: [max(l['step_peak'] for l in r if l['measured'])]
     whole = lambda r: [max(l['process_peak'] for l in r)]
+    device = lambda r: [max(l.get('cuda_peak', 0) for l in r if l['measured'])]
     first = lambda r: [r[0]['t']]
     d = lambda who: ('demo', who)
     for who, text in (('alpaca_ft', 'first epoch, tokens/s'), ('alpaca_ft-cached', 'cached epochs, tokens/s')):
@@ -234,7 +236,9 @@ def main_lines(done):
             add(f'{text}, against {name}', d(who), d(peer))
     add('cached epochs, tokens/s, against the bare loop on cached outputs', d('alpaca_ft-cached'), d('floor-cached'))
     for w in ('shape7b', 'gpu'):
-        for who in ('alpaca_ft', 'alpaca_ft-cached'): add(f'{w}, tokens/s, {who} against the bare loop', (w, who), (w, 'floor'))
+        for who in ('alpaca_ft', 'alpaca_ft-cached'):
+            for peer in ('floor', 'trl-doc', 'trl-nockpt'): add(f'{w}, tokens/s, {who} against {"the bare loop" if peer == "floor" else peer}', (w, who), (w, peer))
+    for who in ('alpaca_ft', 'alpaca_ft-cached'): add(f'gpu, peak device memory, {who} against the bare loop', ('gpu', who), ('gpu', 'floor'), device)
     for who in ('alpaca_ft', 'alpaca_ft-cached'):
         add(f'peak memory while training, {who} against the bare loop', d(who), d('floor'), peak)
         add(f'peak memory of the process until then, {who} against the bare loop', d(who), d('floor'), whole)
@@ -404,7 +408,10 @@ def main(argv=None):
 
 def finish(b):
     "Print the table and its lines."
-    if b.result['contenders']: print(table(b.result['contenders']))
+    if rows := b.result['contenders']:
+        print(table(rows))
+        busy = max((r['others']['median'] for r in rows if r['others']), default=0)
+        if busy > 0.1: print(f'\nThis was no quiet machine: others kept up to {busy:.2f} cores busy (median of a contender). The figures are not to be quoted.')
     if b.result['lines']: print('\n' + '\n'.join(map(show, b.result['lines'])))
     for k, why in b.result['not_measured'].items(): print(f'not measured: {k}: {why}')
     print(f'\nwritten: {os.path.relpath(b.args.out)}')

@@ -2,7 +2,7 @@
 
 usage: contenders.py NAME SPEC.json LOG.jsonl     (SPEC: see `bench.spec`)
 """
-import json, os, sys
+import json, sys
 from types import SimpleNamespace
 
 from probe import Probe
@@ -37,13 +37,14 @@ def load(s):
     import torch
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(s.model, dtype='auto')
+    if torch.cuda.is_available(): model = model.to('cuda')
     freeze(model, s.n_freeze, getattr(torch, s.dtype))
-    return model.to('cuda') if torch.cuda.is_available() else model
+    return model
 
 
 def floor(s, probe, cached=False):
     "A bare PyTorch loop: nothing but forward, loss, backward, clip, step. Documents are isolated by their positions."
-    import copy, torch
+    import torch
     import torch.nn.functional as F
     from transformers import get_cosine_schedule_with_warmup
     torch.manual_seed(s.seed)
@@ -139,7 +140,7 @@ def alpaca_ft(s, probe, cached=False):
     class Count:
         "Laid over the trainer: count tokens where its batches say how many they hold."
         def training_step(self, model, inputs, *args, **kw):
-            probe.tokens += int(inputs['n_tokens'].sum())
+            probe.tokens = probe.tokens + inputs['n_tokens'].sum()
             return super().training_step(model, inputs, *args, **kw)
 
     class NoEvaluation(TrainerCallback):

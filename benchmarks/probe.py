@@ -5,7 +5,7 @@ A torch hook is called after each step of any optimizer, so that a contender run
 import json, os, resource, sys, time
 from pathlib import Path
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 
 
 def own_cpu():
@@ -64,7 +64,7 @@ class Probe:
             if pad_id is not None:
                 ids = inputs['input_ids']
                 pads = (ids == pad_id).flip(-1).int().cumprod(-1).sum(-1)  # a row's last EOS may be the pad token too, and counts
-                self.tokens += int(ids.numel() - (pads - 1).clamp(min=0).sum())
+                self.tokens = self.tokens + ids.numel() - (pads - 1).clamp(min=0).sum()  # a tensor: no waiting for the device
             loss = inner(trainer, model, inputs, *args, **kw)
             self.losses.append(loss)
             return loss

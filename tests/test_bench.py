@@ -28,3 +28,12 @@ def test_bench(tiny, rows, tmp_path):
     floor, ours = ([s['loss'] for s in c['rounds'][0]] for c in d['contenders'])
     assert max(abs(a - b) for a, b in zip(floor, ours)) < 0.05  # the same rows in the same order
     for secret in (str(tmp_path), str(Path.home()), os.uname().nodename): assert secret not in out.read_text()
+
+
+def test_gpu_smoke(tmp_path):
+    out = tmp_path/'gpu.json'
+    cmd = [sys.executable, root/'benchmarks'/'gpu.py', '--device', 'cpu', '--tiny', '--rounds', 1, '--steps', 1, '--warmup', 1, '--seq-len', 256, '--only', 'floor', '--out', out]
+    r = subprocess.run(list(map(str, cmd)), capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root)), timeout=240)
+    assert r.returncode == 0, r.stderr[-2000:]
+    d = json.loads(out.read_text())
+    assert d['contenders'][0]['who'] == 'floor' and 'mean nothing' in d['not_measured']['gpu'] and 'not measured: gpu' in r.stdout
