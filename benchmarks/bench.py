@@ -134,7 +134,9 @@ class Bench:
             code = subprocess.run([str(python), str(here/script), *map(str, argv)], stdout=f, stderr=subprocess.STDOUT, env=env, cwd=self.folder).returncode
             f.seek(0); text = f.read().strip()
         if code and os.environ.get('BENCH_VERBOSE'): say(text[-4000:])
-        return code, time.monotonic() - t, text.splitlines()[-1][:300] if text else ''
+        last = text.splitlines()[-1] if text else ''
+        for path in (self.folder, root, Path.home()): last = last.replace(str(path), '...')  # the JSON tells nothing of where it was made
+        return code, time.monotonic() - t, last[:300]
 
     def block(self, work, who, *args, **kw):
         "A block of steps of one contender: the lines of its log, or None with the reason noted."
