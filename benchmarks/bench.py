@@ -48,6 +48,12 @@ def _version(package):
             return alpaca_ft.__version__
 
 
+def peer_versions():
+    "Releases in LLaMA-Factory's own environment."
+    code = "import json; from importlib.metadata import version; print(json.dumps({k: version(k) for k in ('llamafactory', 'torch', 'transformers', 'trl')}))"
+    return json.loads(subprocess.run([str(LF_PYTHON), '-c', code], capture_output=True, text=True, check=True).stdout)
+
+
 # ---------------------------------------------------------------- the work
 
 def untied(model_id, folder):
@@ -395,6 +401,7 @@ def main(argv=None):
         if 'shape7b' in args.chosen:
             shape = random_model(SHAPE7B, folder/'shape7b', map(create_prompt, rows))
             works.append((Work(args, folder, 'shape7b', shape, 32, 24, rows), ['floor', 'floor-cached', 'alpaca_ft', 'alpaca_ft-cached']))
+        if 'llama-factory' in args.chosen and not absent('llama-factory'): b.result['machine']['llama_factory_versions'] = peer_versions()
         done = rounds(b, [w for w in works if w[1]])
         b.result['lines'] = [l for l in main_lines(done) if 'launch' in args.chosen or not l['line'].startswith('launch')]
         for name, section in dict(batch32=batch32, losses=losses, sampling=sampling, data=data, help=help_).items():
