@@ -193,7 +193,7 @@ class Checkpointing:
         return metrics
 
 # %% ../nbs/08_checkpoints.ipynb #08-019
-FREE = set('out resume resume_anyway save_every keep loss_spike_stop track project tags trust_remote_code skip_bad_rows model data eval_data'.split())  # may change: the result does not depend on them
+FREE = set('out resume resume_anyway save_every keep loss_spike_stop track project tags log_model trust_remote_code skip_bad_rows model data eval_data'.split())  # may change: the result does not depend on them
 ANYWAY = set('eval_every n_samples max_new_tokens micro_batch_size activation_checkpointing prefix_cache'.split())  # may change with --resume-anyway
 
 def changes(

@@ -7,7 +7,7 @@ __all__ = ['BUILTIN', 'MAX_CHARS', 'Refused', 'read_rows', 'row_problem', 'write
            'fetch_artifact', 'load_alpaca', 'split_alpaca']
 
 # %% ../nbs/00_data.ipynb #00-002
-import json, os, re
+import json, os, re, shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -144,8 +144,11 @@ def fetch_artifact(
     try:
         run = wandb.run if wandb.run is not None and not wandb.run.offline else None
         art = run.use_artifact(name, type='dataset') if run else wandb.Api(timeout=10).artifact(name, type='dataset')
-        folder = Path(art.download(root=str(cache_dir()/'artifacts'/re.sub(r'[^\w.-]+', '_', f'{name}-{art.digest}'))))
-        art.verify(str(folder))
+        folder = cache_dir()/'artifacts'/re.sub(r'[^\w.-]+', '_', f'{name}-{art.digest}')
+        try: art.verify(str(folder))  # a copy from before
+        except (ValueError, OSError):  # none, or a damaged one: away with it, and not out of wandb's cache, which keeps damaged files too
+            shutil.rmtree(folder, ignore_errors=True)
+            art.download(root=str(folder), skip_cache=True); art.verify(str(folder))
     except Exception as e:
         raise Refused(f'{name}: W&B artifact not available ({str(e).strip().splitlines()[0][:160]}); '
                       'check the name, `wandb login` and the network, or give the path of a local copy') from None

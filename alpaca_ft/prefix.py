@@ -187,7 +187,7 @@ def collate_states(
 # %% ../nbs/11_prefix.ipynb #11-025
 class PrefixCache(Plugin):
     "`--prefix-cache`: train on the kept output of the frozen layers."
-    def __init__(self): self.mixins = ()
+    def __init__(self): self.mixins, self.where = (), None
 
     def prepare(self, run):
         from alpaca_ft.trainer import run_collator
@@ -196,14 +196,17 @@ class PrefixCache(Plugin):
         tokens = sum(len(r) for d in (run.train, run.test) for r in d['input_ids'])
         where, why = decide(run, tokens*first.shape[-1]*first.element_size())
         print(f'frozen layers: {"computed each time" if where == "off" else f"kept in {where}"} ({why})', file=sys.stderr)
-        if where == 'off': return
-        states = open_states(run, where, first.dtype)
+        if where != 'off': self.where, run.report['prefix_cache'] = (where, first.dtype), where
+
+    def ready(self, run):
+        from alpaca_ft.trainer import run_collator
+        if self.where is None: return
+        states = open_states(run, *self.where)
         n = len(run.train)
         run.train, run.test = run.train.add_column('row', list(range(n))), run.test.add_column('row', list(range(n, n + len(run.test))))
         run.collator = collate_states(run_collator(run.tokenizer.pad_token_id, run.cfg.loss_on), states)
         run.train_model, self.mixins = tail(run.model, run.cfg.n_freeze), (FromStates,)
         check_tail(run, run.collator)
-        run.report |= dict(prefix_cache=where)
 
     def finish(self, run, error):
         if run.train_model is not None: run.train_model._hook.remove()

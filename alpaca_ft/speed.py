@@ -65,13 +65,15 @@ def _linear_loss():
     class LinearLoss(torch.autograd.Function):
         @staticmethod
         def forward(ctx, h, weight, targets, scale):
-            w, rows = weight.to(h.dtype), torch.arange(len(targets), device=targets.device)
-            g = torch.log_softmax(h @ w.T, -1, dtype=torch.float32)
-            loss = -g[rows, targets].sum()*scale
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[0]:
-                g.exp_(); g[rows, targets] -= 1.
-                g = g.mul_(scale).to(h.dtype)
-                ctx.save_for_backward(g @ w, (g.T @ h).to(weight.dtype))
+            w, loss, chunk = weight.to(h.dtype), 0., 128  # tokens at a time: what is made of them stays in the processor's cache
+            g = torch.empty(len(h), len(w), dtype=h.dtype, device=h.device)
+            for i in range(0, len(h), chunk):
+                t = targets[i:i+chunk]; rows = torch.arange(len(t), device=t.device)
+                p = torch.log_softmax((h[i:i+chunk] @ w.T).float(), -1)
+                loss = loss - p[rows, t].sum()*scale
+                p.exp_(); p[rows, t] -= 1.
+                g[i:i+chunk] = p.mul_(scale)
+            ctx.save_for_backward(g @ w, (g.T @ h).to(weight.dtype))
             return loss
 
         @staticmethod

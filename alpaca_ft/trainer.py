@@ -46,6 +46,7 @@ class RunConfig:
     track:str = 'none'  # `none`, `wandb` or `trackio`
     project:str = 'alpaca_ft'  # the tracker's project
     tags:str = 'hf_sft'  # the tracker's tags, with commas between
+    log_model:bool = False  # send the trained model to W&B as an artifact too
     trust_remote_code:bool = False  # run Python code that comes with the model
     seed:int = 42  # of the split, the order of rows and everything random
 
