@@ -35,11 +35,16 @@ def document_attention(
 )->tuple:  # ((rows, tokens, heads, head size), None)
     "Causal attention within each document of a packed row."
     import torch
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
-    gqa, rows = key.shape[1] != query.shape[1], []
+    from torch.nn.functional import pad, scaled_dot_product_attention as sdpa
+    gqa, total, rows = key.shape[1] != query.shape[1], query.shape[2], []
     for i, lens in enumerate(_lengths):
-        parts = zip(*(x[i:i+1].split(lens, 2) for x in (query, key, value)))
-        rows.append(torch.cat([sdpa(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=gqa) for q, k, v in parts], 2))
+        parts, start = [], 0
+        for n in lens:
+            end = start + n + -n % 32  # what follows the document is not seen by it, for attention is causal
+            q, k, v = (pad(x[i:i+1, :, start:end], (0, 0, 0, max(0, end - total))) for x in (query, key, value))
+            parts.append(sdpa(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=gqa)[:, :, :n])
+            start += n
+        rows.append(torch.cat(parts, 2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 # %% ../nbs/10_speed.ipynb #10-013
@@ -65,7 +70,8 @@ def _linear_loss():
     class LinearLoss(torch.autograd.Function):
         @staticmethod
         def forward(ctx, h, weight, targets, scale):
-            w, loss, chunk = weight.to(h.dtype), 0., 128  # tokens at a time: what is made of them stays in the processor's cache
+            w, loss, n, chunk = weight.to(h.dtype), 0., len(h), 128  # tokens at a time: what is made of them stays in the processor's cache
+            h = torch.nn.functional.pad(h, (0, 0, 0, -n % chunk))  # few shapes: the CPU's library keeps memory for each one it meets
             g = torch.empty(len(h), len(w), dtype=h.dtype, device=h.device)
             for i in range(0, len(h), chunk):
                 t = targets[i:i+chunk]; rows = torch.arange(len(t), device=t.device)
@@ -73,7 +79,8 @@ def _linear_loss():
                 loss = loss - p[rows, t].sum()*scale
                 p.exp_(); p[rows, t] -= 1.
                 g[i:i+chunk] = p.mul_(scale)
-            ctx.save_for_backward(g @ w, (g.T @ h).to(weight.dtype))
+            g[n:] = 0
+            ctx.save_for_backward((g @ w)[:n], (g.T @ h).to(weight.dtype))
             return loss
 
         @staticmethod
@@ -144,7 +151,9 @@ def differs(
 # %% ../nbs/10_speed.ipynb #10-029
 class Speed(Plugin):
     "Lays `Fast` over the trainer where it was found to give the same loss and gradients."
-    def __init__(self): self.mixins = ()
+    def __init__(self): self.mixins, self.says = (), None
+    def ready(self, run):
+        if self.says: print(self.says, file=sys.stderr)
     def prepare(self, run):
         import torch
         from alpaca_ft.trainer import run_collator
@@ -156,4 +165,4 @@ class Speed(Plugin):
         try: d = differs(run.model, run_collator(0, 'all')([piece]))
         except Exception as e: d = f'{type(e).__name__}: {" ".join(str(e).split())[:100]}'
         if isinstance(d, float) and d < (0.15 if bf16 else 1e-3): self.mixins, run.fast = (Fast,), True
-        else: print(f'speed: the plain step is used, the fast one differs ({d})', file=sys.stderr)
+        else: self.says = f'speed: the plain step is used, the fast one differs ({d})'

@@ -6,7 +6,7 @@
 __all__ = ['server_answers', 'has_key', 'wandb_mode', 'start_wandb', 'finish_wandb', 'log_folder', 'trackio_callback', 'Tracking',
            'split']
 
-# %% ../nbs/12_tracking.ipynb #12-003
+# %% ../nbs/12_tracking.ipynb #10-003
 import json, os, sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from pathlib import Path
 from .data import Refused, _artifact, load_alpaca, split_alpaca, write_jsonl
 from .run import Plugin
 
-# %% ../nbs/12_tracking.ipynb #12-006
+# %% ../nbs/12_tracking.ipynb #10-006
 def server_answers(
     url:str,  # of a W&B server
     timeout:float=3.,  # seconds, for all of it
@@ -30,7 +30,7 @@ def server_answers(
     t = threading.Thread(target=ask, daemon=True); t.start(); t.join(timeout)  # a server that trickles bytes would outlast a socket's timeout
     return why[0]
 
-# %% ../nbs/12_tracking.ipynb #12-007
+# %% ../nbs/12_tracking.ipynb #10-007
 def has_key(
     url:str,  # of a W&B server
 )->bool:  # a key is in WANDB_API_KEY or in the netrc file, where `wandb login` puts it
@@ -41,7 +41,7 @@ def has_key(
     try: return netrc.netrc(os.environ.get('NETRC')).authenticators(urlparse(url).hostname) is not None
     except (OSError, netrc.NetrcParseError): return False
 
-# %% ../nbs/12_tracking.ipynb #12-008
+# %% ../nbs/12_tracking.ipynb #10-008
 def wandb_mode(
     timeout:float=3.,  # seconds to wait for the server
 )->tuple:  # (online, offline or disabled; why, or None)
@@ -52,7 +52,7 @@ def wandb_mode(
     if why := server_answers(url, timeout): return 'offline', why
     return 'online', None
 
-# %% ../nbs/12_tracking.ipynb #12-015
+# %% ../nbs/12_tracking.ipynb #10-015
 def start_wandb(
     name:str,  # of the run
     folder:str,  # where it is recorded
@@ -95,7 +95,7 @@ def log_folder(
         run.log_artifact(artifact)
     except Exception as e: print(f'W&B: the artifact {name} was not logged ({e}); {folder} has it', file=sys.stderr)
 
-# %% ../nbs/12_tracking.ipynb #12-017
+# %% ../nbs/12_tracking.ipynb #10-017
 def trackio_callback(
     samples:Path,  # samples.jsonl, written before each evaluation is logged here
 ):  # TrainerCallback
@@ -116,7 +116,7 @@ def trackio_callback(
             if rows: self.log(state, {'sample_predictions': trackio.Table(columns=list(keys), data=[[r[k] for k in keys] for r in rows])})
     return ToTrackio()
 
-# %% ../nbs/12_tracking.ipynb #12-019
+# %% ../nbs/12_tracking.ipynb #10-019
 class Tracking(Plugin):
     "`--track wandb` or `--track trackio`: a tracker's run around the training."
     wandb = trackio = None
@@ -151,7 +151,7 @@ class Tracking(Plugin):
         if run.cfg.log_model and not error: log_folder(self.wandb, f'model-{run.out.name}', run.out/'model', 'model', fingerprints=run.fingerprints)
         finish_wandb(self.wandb, error is not None)
 
-# %% ../nbs/12_tracking.ipynb #12-037
+# %% ../nbs/12_tracking.ipynb #10-037
 def split(
     raw,  # a file of Alpaca rows, or what `load_alpaca` takes
     out,  # a folder that does not exist yet; gets alpaca_gpt4_train.jsonl and alpaca_gpt4_eval.jsonl

@@ -261,7 +261,7 @@ def run_collator(
     "The packing chapter's collator, with the labels of all tokens for evaluation, and the number of tokens."
     import torch
     from alpaca_ft.packing import PackedCollator
-    train, every = PackedCollator(pad_id, loss_on), PackedCollator(pad_id)
+    train, every = PackedCollator(pad_id, loss_on, 64), PackedCollator(pad_id, multiple=64)
     def collate(rows):
         batch = train(rows)
         return batch | dict(all_labels=batch['labels'] if loss_on == 'all' else every(rows)['labels'], n_tokens=torch.tensor([len(r['input_ids']) for r in rows]))

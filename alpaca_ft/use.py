@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELP', 'load_both', 'ask_rows', 'sample', 'read_message', 'turn_ids', 'chat', 'model_card', 'export']
 
-# %% ../nbs/15_use.ipynb #15-003
+# %% ../nbs/15_use.ipynb #13-003
 import json, os, sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from .data import Refused, read_rows, row_problem
 from .evaluate import comparison_lines, find_model
 from .report import visible
 
-# %% ../nbs/15_use.ipynb #15-006
+# %% ../nbs/15_use.ipynb #13-006
 def load_both(
     run,  # a run folder, a model folder, `demo` or a hub id
     dtype=None,  # of the weights; None: what this machine is fast in
@@ -60,7 +60,7 @@ def sample(
         else: shown += [safe(json.dumps(l, ensure_ascii=False) if file else l['generation']) for l in lines]
     return None if to else '\n'.join(shown)
 
-# %% ../nbs/15_use.ipynb #15-011
+# %% ../nbs/15_use.ipynb #13-011
 HELP = '/reset forgets what was said, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer; """ begins and ends a text of several lines, a line "### Input:" in it begins the input'  # of chat
 
 def read_message()->str|None:  # None at the end of the input
@@ -120,7 +120,7 @@ def chat(
             turns.append(ids + answer + [tokenizer.eos_token_id]*(answer[-1:] != [tokenizer.eos_token_id]))
         except KeyboardInterrupt: print('\n[stopped; this turn is forgotten]')
 
-# %% ../nbs/15_use.ipynb #15-016
+# %% ../nbs/15_use.ipynb #13-016
 def model_card(
     run,  # a run folder
     dtype:str,  # of the exported weights

@@ -105,7 +105,7 @@ def pack_rows(rows, model, seq_len, n, folder):
         if len(packed) <= n: break
         use.pop()
     folder.mkdir()
-    write_jsonl(folder/'rows.jsonl', (rows[i] for i in use)); write_jsonl(folder/'eval.jsonl', rows[:2]); write_jsonl(folder/'packed.jsonl', packed)
+    write_jsonl(folder/'rows.jsonl', (rows[i] for i in use)); write_jsonl(folder/'eval.jsonl', [dict(instruction=f'Count to {n}.', input='', output='One, two, and so on.') for n in (7, 8)]); write_jsonl(folder/'packed.jsonl', packed)
     return dict(rows=str(folder/'rows.jsonl'), eval_rows=str(folder/'eval.jsonl'), packed=str(folder/'packed.jsonl'), n_packed=len(packed), fill=report['fill'])
 
 

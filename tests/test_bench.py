@@ -2,6 +2,8 @@
 import json, os, subprocess, sys
 from pathlib import Path
 
+import pytest
+
 root = Path(__file__).resolve().parent.parent
 
 
@@ -30,6 +32,7 @@ def test_bench(tiny, rows, tmp_path):
     for secret in (str(tmp_path), str(Path.home()), os.uname().nodename): assert secret not in out.read_text()
 
 
+@pytest.mark.slow
 def test_gpu_smoke(tmp_path):
     out = tmp_path/'gpu.json'
     cmd = [sys.executable, root/'benchmarks'/'gpu.py', '--device', 'cpu', '--tiny', '--rounds', 1, '--steps', 1, '--warmup', 1, '--seq-len', 256, '--only', 'floor', '--out', out]

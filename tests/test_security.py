@@ -98,8 +98,9 @@ def test_artifact_stays_in_its_folder(name, here, monkeypatch):
     asked = []
     class Artifact:
         digest = 'd1'
-        def download(self, root): asked.append(Path(root)); Path(root).mkdir(parents=True); return root
-        def verify(self, root): pass
+        def download(self, root, skip_cache): asked.append(Path(root)); Path(root).mkdir(parents=True); return root
+        def verify(self, root):
+            if not Path(root).exists(): raise ValueError('no copy yet')
     monkeypatch.setattr(wandb, 'Api', lambda **kw: NS(artifact=lambda name, type: Artifact()))
     fetch_artifact(name)
     assert asked[0].resolve().parent == (here/'cache'/'artifacts').resolve()
@@ -185,4 +186,4 @@ def test_terminal_is_not_obeyed(here, tiny, command):
 
 def test_rows_are_inert_in_names(tracked):
     "A run folder's file names do not come from rows or answers."
-    assert {p.name for p in (tracked['no key'][0]/'run').iterdir()} == {'config.yaml', 'preflight.json', 'metrics.jsonl', 'samples.jsonl', 'checkpoints', 'model', 'wandb'}
+    assert {p.name for p in (tracked['no key'][0]/'run').iterdir()} == {'config.yaml', 'preflight.json', 'metrics.jsonl', 'samples.jsonl', 'checkpoints', 'model', 'report.html', 'wandb'}
