@@ -6,7 +6,7 @@ directive lines are stripped, and behind each exported function stands its table
 
 usage: render.py readme | render.py site FOLDER
 """
-import importlib, re, sys
+import importlib, re, shutil, sys
 from pathlib import Path
 
 import nbformat
@@ -58,9 +58,11 @@ def readme():
 
 def site(folder):
     folder = Path(folder)
+    shutil.copytree(root/'nbs'/'images', folder/'images', dirs_exist_ok=True)
+    for name in ('CONTRIBUTING.md', 'SECURITY.md', 'CHANGELOG.md'): shutil.copy(root/name, folder/name)
     for p in notebooks:
         text, pictures = markdown(p)
-        text = re.sub(r'\((\d\d_\w+)\.ipynb', r'(\1.md', text).replace('](nbs/', '](').replace('.ipynb)', '.md)')
+        text = text.replace('](nbs/', '](').replace('.ipynb)', '.md)')
         (folder/f'{p.stem}.md').write_text(text, encoding='utf-8')
         for name, data in pictures.items():
             (folder/name).parent.mkdir(exist_ok=True); (folder/name).write_bytes(data)
