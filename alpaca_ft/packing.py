@@ -6,9 +6,10 @@
 __all__ = ['truncate', 'pack', 'plot_packing', 'PackedCollator', 'isolation_error', 'leakage']
 
 # %% ../nbs/02_packing.ipynb #02-002
-from itertools import accumulate
+from collections import Counter
+from itertools import accumulate, chain
 
-from .data import Refused
+from .data import Refused, spool
 
 # %% ../nbs/02_packing.ipynb #02-015
 def truncate(
@@ -16,27 +17,40 @@ def truncate(
     seq_len:int,  # tokens in a row
 )->tuple:  # (Dataset, report: dict of counts)
     "Cut examples to `seq_len` tokens and drop those with no response left; both are counted."
+    import numpy as np, pyarrow as pa, pyarrow.compute as pc
     from datasets import Dataset
-    ids, masks = tok['input_ids'], tok['completion_mask']
-    long = [len(x) > seq_len for x in ids]
-    keep = [i for i, m in enumerate(masks) if any(m[:seq_len])]
-    report = dict(examples=len(ids), tokens=sum(map(len, ids)), truncated=sum(long), fully_masked=len(ids)-len(keep),
-                  tokens_lost=sum(map(len, ids)) - sum(min(len(ids[i]), seq_len) for i in keep))
-    if not keep: raise Refused(f'no example has room for its response in {seq_len} tokens; give a larger --seq-len')
-    return Dataset.from_dict(dict(input_ids=[ids[i][:seq_len] for i in keep], completion_mask=[masks[i][:seq_len] for i in keep])), report
+    table = tok.with_format('arrow')[:].select(['input_ids', 'completion_mask']).combine_chunks()
+    lengths = pc.list_value_length(table['input_ids']).to_numpy()
+    cut = [pc.list_slice(c, 0, seq_len).combine_chunks() for c in table.columns] if (lengths > seq_len).any() else [c.combine_chunks() for c in table.columns]
+    n, keep = pc.list_value_length(cut[1]).to_numpy(), np.zeros(len(lengths), bool)
+    keep[n > 0] = np.maximum.reduceat(cut[1].flatten().to_numpy(), (np.cumsum(n) - n)[n > 0]) > 0 if n.any() else False  # something of the response is left
+    kept = np.minimum(lengths, seq_len)[keep]
+    report = dict(examples=len(keep), tokens=int(lengths.sum()), truncated=int((lengths > seq_len).sum()), fully_masked=int((~keep).sum()), tokens_lost=int(lengths.sum() - kept.sum()))
+    out = pa.table(cut, names=table.column_names)
+    return Dataset(out if keep.all() else out.filter(pa.array(keep)).combine_chunks()), report
 
 # %% ../nbs/02_packing.ipynb #02-019
 def pack(
     tok,  # Dataset with input_ids and completion_mask, see `tokenize`
     seq_len:int=1024,  # tokens in a row
+    at_once:int=100_000,  # examples; more are packed in such portions, so that memory does not grow with them
 )->tuple:  # (Dataset with input_ids, completion_mask, seq_lengths; report: dict)
     "Truncate, then pack all examples at once, best fit first; says how many rows, how full, what was lost."
+    import pyarrow.compute as pc
     from trl import pack_dataset
-    tok, report = truncate(tok, seq_len)
-    rows = pack_dataset(tok, seq_len, 'bfd', dict(batch_size=len(tok), keep_in_memory=True))
-    n = sum(map(sum, rows['seq_lengths']))
-    return rows, report | dict(rows=len(rows), seq_len=seq_len, fill=round(n/(len(rows)*seq_len), 4), packed_tokens=n,
-                               response_tokens=sum(map(sum, rows['completion_mask'])))
+    total = Counter()
+    def packed():
+        for i in range(0, len(tok), at_once):
+            part, report = truncate(tok.select(range(i, min(i + at_once, len(tok)))), seq_len)
+            total.update(report)
+            if not len(part): continue
+            table = pack_dataset(part, seq_len, 'bfd', dict(batch_size=len(part), keep_in_memory=True)).with_format('arrow')[:]
+            total.update(packed_tokens=pc.sum(pc.list_flatten(table['seq_lengths'])).as_py(), response_tokens=pc.sum(pc.list_flatten(table['completion_mask'])).as_py(), rows=len(table))
+            yield from table.to_batches(1000)
+    batches = packed(); first = next(batches, None)
+    if first is None: raise Refused(f'no example has room for its response in {seq_len} tokens; give a larger --seq-len')
+    rows = spool(chain([first], batches), first.schema)
+    return rows, dict(total) | dict(seq_len=seq_len, fill=round(total['packed_tokens']/(len(rows)*seq_len), 4))
 
 # %% ../nbs/02_packing.ipynb #02-022
 def plot_packing(

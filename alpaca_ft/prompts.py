@@ -7,7 +7,10 @@ __all__ = ['prompt_no_input', 'prompt_input', 'create_prompt', 'create_prompt_no
            'alpaca_chat_template']
 
 # %% ../nbs/01_prompts.ipynb #01-002
-from .data import Refused
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+from .data import Refused, spool
 
 # %% ../nbs/01_prompts.ipynb #01-005
 def prompt_no_input(
@@ -49,37 +52,81 @@ def prompt_completion(
     return {'prompt': create_prompt_no_answer(row)['text'], 'completion': row['output']}
 
 # %% ../nbs/01_prompts.ipynb #01-027
-def _one(
-    ids:list,  # token ids of prompt and response
-    offsets:list,  # (start, end) in characters, one pair a token
+def _boundary(
+    enc,  # a text's `tokenizers.Encoding`, with offsets
     cut:int,  # characters in the prompt
-    eos:int,  # id of the end-of-sequence token
-)->tuple:  # input_ids, completion_mask
-    "Mark the response among an example's tokens and end it with one EOS."
-    n = len(ids)
-    while n and ids[n-1] == eos: n -= 1  # some tokenizers add their own
-    mask = [int(start >= cut and end > start) for start, end in offsets[:n]]
-    return ids[:n] + [eos], mask + [1]
+)->int:  # tokens in front of the response
+    "Where the response begins among an example's tokens: the first one that starts at or behind the end of the prompt."
+    first = enc.char_to_token(cut)
+    if first is not None and enc.token_to_chars(first)[0] >= cut: return first
+    return next((i for i, (start, end) in enumerate(enc.offsets) if start >= cut and end > start), len(enc.ids))
 
-# %% ../nbs/01_prompts.ipynb #01-028
+# %% ../nbs/01_prompts.ipynb #01-029
+def _byte_lengths(
+    tokenizer,  # fast tokenizer
+):  # numpy array: bytes of each token id; None where tokens are not bytes
+    "How many bytes of text each token of a byte-level tokenizer stands for."
+    import numpy as np
+    from tokenizers.decoders import ByteLevel
+    raw = tokenizer.backend_tokenizer
+    if raw.normalizer is not None or not isinstance(raw.decoder, ByteLevel): return None
+    n = np.array([len(t) for t in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])  # one character a byte in such a vocabulary
+    n[tokenizer.all_special_ids] = 0
+    return n
+
+def _boundaries(
+    texts:list,  # prompts with their responses
+    prompts:list,  # the prompts
+    raw,  # `tokenizers.Tokenizer`
+    n_bytes,  # see `_byte_lengths`
+)->tuple:  # token ids of each text; tokens in front of each response
+    "Tokenize, and find where the responses begin."
+    import numpy as np
+    if n_bytes is None: return zip(*((e.ids, _boundary(e, len(p))) for e, p in zip(raw.encode_batch(texts), prompts)))
+    ids = [e.ids for e in raw.encode_batch_fast(texts)]
+    ends = np.cumsum([0] + [len(x) for x in ids])
+    at = np.cumsum(np.concatenate([[0], n_bytes[np.fromiter(chain.from_iterable(ids), np.int64, ends[-1])]]))  # bytes in front of each token
+    want = at[ends[:-1]] + [len(p.encode()) for p in prompts]
+    first = np.searchsorted(at, want)
+    right = (at[first] == want) & (at[ends[1:]] - at[ends[:-1]] == [len(t.encode()) for t in texts])
+    return ids, [int(f - e) if ok else _boundary(raw.encode(t), len(p)) for f, e, ok, t, p in zip(first, ends, right, texts, prompts)]
+
+# %% ../nbs/01_prompts.ipynb #01-030
+def _tokens(
+    batch:dict,  # columns instruction, input, output
+    raw,  # `tokenizers.Tokenizer`
+    n_bytes,  # see `_byte_lengths`
+    eos:int,  # id of the end-of-sequence token
+):  # pyarrow RecordBatch
+    "A batch of rows as tokens, each ended by one EOS."
+    import numpy as np, pyarrow as pa
+    prompts = [(prompt_input if i else prompt_no_input)(dict(instruction=t, input=i)) for t, i in zip(batch['instruction'], batch['input'])]
+    ids, first = _boundaries([p + o for p, o in zip(prompts, batch['output'])], prompts, raw, n_bytes)
+    for x in ids:
+        while x and x[-1] == eos: x.pop()  # some tokenizers add their own
+        x.append(eos)
+    ends = np.cumsum([0] + [len(x) for x in ids], dtype=np.int32)
+    flat, mask = np.fromiter(chain.from_iterable(ids), np.int32, ends[-1]), np.ones(ends[-1], np.int8)
+    for start, end, n in zip(ends, ends[1:], first): mask[start:min(start + n, end - 1)] = 0
+    return pa.RecordBatch.from_arrays([pa.ListArray.from_arrays(ends, x) for x in (flat, mask)], ['input_ids', 'completion_mask'])
+
+# %% ../nbs/01_prompts.ipynb #01-031
 def tokenize(
     ds,  # Dataset with instruction, input and output
     tokenizer,  # with an EOS token; one that gives offsets (every tokenizer of transformers 5 that has a tokenizer.json)
     batch_rows:int=1000,  # rows tokenized at once
 ):  # Dataset with input_ids and completion_mask (1 on the response and its EOS), both lists of int
     "Write the prompts and tokenize them; every example ends with exactly one EOS, which counts as response."
-    from datasets import Dataset
+    import pyarrow as pa
+    from tokenizers import Tokenizer
     if tokenizer.eos_token_id is None: raise Refused('the tokenizer has no EOS token, so no example could end; set one, or use another tokenizer')
-    out = dict(input_ids=[], completion_mask=[])
-    for i in range(0, len(ds), batch_rows):
-        halves = [prompt_completion(r) for r in ds.select(range(i, min(i+batch_rows, len(ds))))]
-        enc = tokenizer([h['prompt'] + h['completion'] for h in halves], return_offsets_mapping=True, split_special_tokens=True)
-        for ids, offsets, h in zip(enc['input_ids'], enc['offset_mapping'], halves):
-            ids, mask = _one(ids, offsets, len(h['prompt']), tokenizer.eos_token_id)
-            out['input_ids'].append(ids); out['completion_mask'].append(mask)
-    return Dataset.from_dict(out)
+    schema = pa.schema([('input_ids', pa.list_(pa.int32())), ('completion_mask', pa.list_(pa.int8()))])
+    raw, n_bytes = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), _byte_lengths(tokenizer)  # a copy: threads share it, and nobody else
+    raw.encode_special_tokens = True; raw.no_truncation(); raw.no_padding()
+    with ThreadPoolExecutor(2) as pool:  # one batch is made ready in Python while the tokenizer's own threads are at the next
+        return spool(pool.map(lambda i: _tokens(ds[i:i+batch_rows], raw, n_bytes, tokenizer.eos_token_id), range(0, len(ds), batch_rows)), schema)
 
-# %% ../nbs/01_prompts.ipynb #01-034
+# %% ../nbs/01_prompts.ipynb #01-037
 def alpaca_chat_template(
     tokenizer,  # whether it starts every text with BOS decides whether the template does
 )->str:  # Jinja, for `tokenizer.chat_template`

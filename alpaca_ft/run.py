@@ -83,7 +83,7 @@ def fingerprint(
     import torch
     data, weights = hashlib.sha256(), hashlib.sha256()
     for split in rows:
-        for r in rows[split]: data.update(json.dumps(r, sort_keys=True).encode())
+        for b in rows[split].iter(10_000): data.update(json.dumps(b, sort_keys=True).encode())
     for k, p in model.named_parameters():
         weights.update(k.encode())
         if not p.is_meta: weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -124,6 +124,7 @@ def pack_rows(
     bad:list=(),  # lines about rows left out
 )->None:
     "Tokenize and pack both splits, and report what went in."
+    import pyarrow as pa, pyarrow.compute as pc
     from alpaca_ft.packing import pack
     from alpaca_ft.prompts import tokenize
     reports = {}
@@ -131,9 +132,10 @@ def pack_rows(
         try: packed, reports[split] = pack(tokenize(run.rows[split], run.tokenizer), run.cfg.seq_len)
         except Refused as e: raise Refused(f'{split} rows of {run.cfg.data}: {e}') from None
         setattr(run, split, packed)
-    rows = lambda split: [tuple(r[k] for k in ('instruction', 'input', 'output')) for r in run.rows[split]]
-    seen, held = set(rows('train')), rows('test')
-    both = sum(r in seen for r in held)
+    whole = lambda split: (pc.binary_join_element_wise(*(b[k].combine_chunks() for k in ('instruction', 'input', 'output')), '\x1f') for b in run.rows[split].with_format('arrow').iter(10_000))
+    held = pa.chunked_array(whole('test'))
+    seen = pa.chunked_array([b.filter(pc.is_in(b, held)) for b in whole('train')])
+    both = pc.sum(pc.is_in(held, seen)).as_py()
     if both == len(held): raise Refused(f'{run.cfg.eval_data or run.cfg.data}: all {both} evaluation rows are training rows too; give others as --eval-data')
     run.report |= dict(rows_refused=len(bad), why_refused=list(bad[:20]), eval_in_train=both, train=reports['train'], eval=reports['test'], **plan(len(run.train), run.cfg))
 
