@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUILTIN', 'MAX_CHARS', 'Refused', 'iter_rows', 'read_rows', 'row_problem', 'write_jsonl', 'checked', 'clean_rows',
-           'cache_dir', 'spool', 'fetch_artifact', 'load_alpaca', 'split_alpaca']
+           'cache_dir', 'spool', 'fetch_artifact', 'load_alpaca', 'split_alpaca', 'shared_rows']
 
 # %% ../nbs/00_data.ipynb #00-002
 import json, os, re, shutil
@@ -259,3 +259,15 @@ def split_alpaca(
     if n >= len(ds): raise Refused(f'{n} of {len(ds)} rows held back for evaluation leave nothing to train on; ask for fewer')
     ds = ds.shuffle(seed=seed, keep_in_memory=True)
     return DatasetDict(train=ds.select(range(len(ds)-n)), test=ds.select(range(len(ds)-n, len(ds))))
+
+# %% ../nbs/00_data.ipynb #00-057
+def shared_rows(
+    train,  # Dataset of instruction, input, output
+    test,  # the same
+)->int:  # rows of `test` that are in `train`, letter for letter
+    "How many evaluation rows were trained on."
+    import pyarrow as pa, pyarrow.compute as pc
+    whole = lambda d: (pc.binary_join_element_wise(*(b[k].combine_chunks() for k in ('instruction', 'input', 'output')), '\x1f') for b in d.with_format('arrow').iter(10_000))
+    held = pa.chunked_array(whole(test))
+    seen = pa.chunked_array([b.filter(pc.is_in(b, held)) for b in whole(train)])
+    return pc.sum(pc.is_in(held, seen)).as_py() or 0

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .data import Refused, load_alpaca, split_alpaca
+from .data import Refused, load_alpaca, shared_rows, split_alpaca
 from .trainer import RunConfig, make_trainer, plan
 
 # %% ../nbs/07_finetune.ipynb #07-006
@@ -124,7 +124,6 @@ def pack_rows(
     bad:list=(),  # lines about rows left out
 )->None:
     "Tokenize and pack both splits, and report what went in."
-    import pyarrow as pa, pyarrow.compute as pc
     from alpaca_ft.packing import pack
     from alpaca_ft.prompts import tokenize
     reports = {}
@@ -132,11 +131,8 @@ def pack_rows(
         try: packed, reports[split] = pack(tokenize(run.rows[split], run.tokenizer), run.cfg.seq_len)
         except Refused as e: raise Refused(f'{split} rows of {run.cfg.data}: {e}') from None
         setattr(run, split, packed)
-    whole = lambda split: (pc.binary_join_element_wise(*(b[k].combine_chunks() for k in ('instruction', 'input', 'output')), '\x1f') for b in run.rows[split].with_format('arrow').iter(10_000))
-    held = pa.chunked_array(whole('test'))
-    seen = pa.chunked_array([b.filter(pc.is_in(b, held)) for b in whole('train')])
-    both = pc.sum(pc.is_in(held, seen)).as_py()
-    if both == len(held): raise Refused(f'{run.cfg.eval_data or run.cfg.data}: all {both} evaluation rows are training rows too; give others as --eval-data')
+    both = shared_rows(run.rows['train'], run.rows['test'])
+    if both == len(run.rows['test']): raise Refused(f'{run.cfg.eval_data or run.cfg.data}: all {both} evaluation rows are training rows too; give others as --eval-data')
     run.report |= dict(rows_refused=len(bad), why_refused=list(bad[:20]), eval_in_train=both, train=reports['train'], eval=reports['test'], **plan(len(run.train), run.cfg))
 
 # %% ../nbs/07_finetune.ipynb #07-017
