@@ -154,10 +154,10 @@ def spool(
     import mmap, tempfile
     import pyarrow as pa
     from datasets import Dataset
-    held, size, batches = [], 0, iter(batches)
+    held, size, batches, name = [], 0, iter(batches), os.urandom(8).hex()  # to name a table by its contents, `datasets` would copy it
     while size <= in_memory:
         b = next(batches, None)
-        if b is None: return Dataset(pa.Table.from_batches(held, schema))
+        if b is None: return Dataset(pa.Table.from_batches(held, schema), fingerprint=name)
         held.append(b); size += b.nbytes
     cache_dir().mkdir(parents=True, exist_ok=True)
     try:
@@ -166,7 +166,7 @@ def spool(
                 while held: w.write_batch(held.pop(0))
                 for b in batches: w.write_batch(b)
             f.flush()
-            return Dataset(pa.ipc.open_stream(pa.py_buffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))).read_all())
+            return Dataset(pa.ipc.open_stream(pa.py_buffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))).read_all(), fingerprint=name)
     except OSError as e: raise Refused(f'{cache_dir()}: the rows do not fit ({e.strerror}); make room, or set ALPACA_FT_CACHE to another disk') from None
 
 # %% ../nbs/00_data.ipynb #00-033

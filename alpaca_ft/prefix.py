@@ -7,8 +7,8 @@ __all__ = ['prefix_states', 'tail', 'States', 'compute_states', 'decide', 'drops
            'FromStates', 'collate_states', 'Unloadable', 'model_folder', 'PrefixCache', 'check_tail']
 
 # %% ../nbs/11_prefix.ipynb #11-003
-import copy, hashlib, json, os, sys
-from contextlib import nullcontext
+import copy, ctypes, hashlib, json, os, sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from .data import Refused, cache_dir
@@ -223,6 +223,9 @@ class Unloadable:
             with safe_open(f, 'pt') as s:
                 for k in frozen.keys() & set(s.keys()):
                     if torch.equal(s.get_tensor(k).to(frozen[k].dtype), frozen[k].data.cpu()): self.found.append((frozen[k], f, k, frozen[k].device))
+        here = {id(p) for p, *_ in self.found}
+        for p in model.parameters():  # a view into the file would keep all of it
+            if id(p) not in here and not p.requires_grad: p.data = p.data.clone()
         self.hooks = [model.get_input_embeddings().register_forward_pre_hook(self.load), model.register_state_dict_pre_hook(self.load)]
 
     def unload(self):
@@ -231,6 +234,7 @@ class Unloadable:
         if self.away: return
         for p, _, _, device in self.found: p.data = torch.empty(0, dtype=p.dtype, device=device)
         self.away = True
+        with suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, unless it is told
 
     def load(self, *_):
         "Read the weights again."

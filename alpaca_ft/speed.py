@@ -72,15 +72,17 @@ def _linear_loss():
         def forward(ctx, h, weight, targets, scale):
             w, loss, n, chunk = weight.to(h.dtype), 0., len(h), 128  # tokens at a time: what is made of them stays in the processor's cache
             h = torch.nn.functional.pad(h, (0, 0, 0, -n % chunk))  # few shapes: the CPU's library keeps memory for each one it meets
-            g = torch.empty(len(h), len(w), dtype=h.dtype, device=h.device)
+            g, logits, p = (torch.empty(k, len(w), dtype=d, device=h.device) for k, d in ((len(h), h.dtype), (chunk, h.dtype), (chunk, torch.float32)))
             for i in range(0, len(h), chunk):
                 t = targets[i:i+chunk]; rows = torch.arange(len(t), device=t.device)
-                p = torch.log_softmax((h[i:i+chunk] @ w.T).float(), -1)
+                torch.mm(h[i:i+chunk], w.T, out=logits); torch.log_softmax(logits, -1, dtype=torch.float32, out=p)
                 loss = loss - p[rows, t].sum()*scale
                 p.exp_(); p[rows, t] -= 1.
                 g[i:i+chunk] = p.mul_(scale)
             g[n:] = 0
-            ctx.save_for_backward((g @ w)[:n], (g.T @ h).to(weight.dtype))
+            dh = (g @ w)[:n]; del w, logits, p
+            dw = g.T @ h; del g  # each of these is as large as the head
+            ctx.save_for_backward(dh, dw.to(weight.dtype))
             return loss
 
         @staticmethod
