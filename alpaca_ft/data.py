@@ -42,6 +42,7 @@ def _json_rows(
     for i, line in lines:
         if line.lstrip()[0] == '[':
             try: yield from enumerate(json.loads(line + ''.join(l for _, l in lines)), 1)
+            except Refused: raise
             except ValueError as e: raise Refused(f'{path}: not valid JSON ({e}); is the file cut off?') from None
             return
         yield i, _row(path, i, line); break

@@ -216,10 +216,11 @@ class Unloadable:
         import torch
         from safetensors import safe_open
         from alpaca_ft.model import decoder_layers
-        self.model, self.away, self.found = model, False, []
+        self.model, self.away, self.found, self.files = model, False, [], {}
         front = {id(p) for m in (model.get_input_embeddings(), *decoder_layers(model)[:n_freeze]) for p in m.parameters()}
         frozen = {k: p for k, p in model.named_parameters() if id(p) in front and not p.requires_grad}
         for f in sorted(Path(folder).glob('*.safetensors')):
+            self.files[f] = (h := open(f, 'rb')), os.fstat(h.fileno())  # held open, a file can be replaced or deleted and is still there
             with safe_open(f, 'pt') as s:
                 for k in frozen.keys() & set(s.keys()):
                     if torch.equal(s.get_tensor(k).to(frozen[k].dtype), frozen[k].data.cpu()): self.found.append((frozen[k], f, k, frozen[k].device))
@@ -240,14 +241,19 @@ class Unloadable:
         "Read the weights again."
         from safetensors import safe_open
         if not self.away: return
-        files = {f: safe_open(f, 'pt') for f in {f for _, f, _, _ in self.found}}
-        for p, f, k, device in self.found: p.data = files[f].get_tensor(k).to(device, p.dtype, copy=True)
+        opened = {}
+        for f, (h, was) in self.files.items():
+            now, fd = os.fstat(h.fileno()), Path(f'/proc/self/fd/{h.fileno()}')
+            if (now.st_mtime_ns, now.st_size) != (was.st_mtime_ns, was.st_size): raise OSError(f'{f}: was written to while the model was trained; use --prefix-cache off for a model that changes')
+            opened[f] = safe_open(fd if fd.exists() else f, 'pt')
+        for p, f, k, device in self.found: p.data = opened[f].get_tensor(k).to(device, p.dtype, copy=True)
         self.away = False
 
     def close(self):
         "Bring the weights back for good."
         self.load()
         for h in self.hooks: h.remove()
+        for h, _ in self.files.values(): h.close()
 
 # %% ../nbs/11_prefix.ipynb #11-028
 def model_folder(

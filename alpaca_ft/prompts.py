@@ -87,7 +87,7 @@ def _boundaries(
     ends = np.cumsum([0] + [len(x) for x in ids])
     at = np.cumsum(np.concatenate([[0], n_bytes[np.fromiter(chain.from_iterable(ids), np.int64, ends[-1])]]))  # bytes in front of each token
     want = at[ends[:-1]] + [len(p.encode()) for p in prompts]
-    first = np.searchsorted(at, want)
+    first = np.minimum(np.searchsorted(at, want), len(at) - 1)
     right = (at[first] == want) & (at[ends[1:]] - at[ends[:-1]] == [len(t.encode()) for t in texts])
     return ids, [int(f - e) if ok else _boundary(raw.encode(t), len(p)) for f, e, ok, t, p in zip(first, ends, right, texts, prompts)]
 

@@ -6,8 +6,9 @@
 __all__ = ['server_answers', 'has_key', 'wandb_mode', 'start_wandb', 'finish_wandb', 'log_folder', 'trackio_callback', 'Tracking',
            'split']
 
-# %% ../nbs/12_tracking.ipynb #10-003
+# %% ../nbs/12_tracking.ipynb #12-003
 import json, os, sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from .data import Refused, _artifact, load_alpaca, split_alpaca, write_jsonl
 from .run import Plugin
 
-# %% ../nbs/12_tracking.ipynb #10-006
+# %% ../nbs/12_tracking.ipynb #12-006
 def server_answers(
     url:str,  # of a W&B server
     timeout:float=3.,  # seconds, for all of it
@@ -23,14 +24,15 @@ def server_answers(
     "Ask a server for a sign of life; a server error counts as none."
     import threading, urllib.error, urllib.request
     why = [f'{url} did not answer within {timeout:g} s']
+    request = urllib.request.Request(f'{url}/graphql', b'{"query": "query Alive { __typename }"}', {'Content-Type': 'application/json'})  # where wandb's client will turn to
     def ask():
-        try: urllib.request.urlopen(urllib.request.Request(f'{url}/healthz', method='GET'), timeout=timeout).close(); why[0] = None
+        try: urllib.request.urlopen(request, timeout=timeout).close(); why[0] = None
         except urllib.error.HTTPError as e: why[0] = f'{url} answered {e.code}' if e.code >= 500 else None
         except Exception as e: why[0] = f'{url} cannot be reached ({getattr(e, "reason", e)})'
     t = threading.Thread(target=ask, daemon=True); t.start(); t.join(timeout)  # a server that trickles bytes would outlast a socket's timeout
     return why[0]
 
-# %% ../nbs/12_tracking.ipynb #10-007
+# %% ../nbs/12_tracking.ipynb #12-007
 def has_key(
     url:str,  # of a W&B server
 )->bool:  # a key is in WANDB_API_KEY or in the netrc file, where `wandb login` puts it
@@ -41,7 +43,7 @@ def has_key(
     try: return netrc.netrc(os.environ.get('NETRC')).authenticators(urlparse(url).hostname) is not None
     except (OSError, netrc.NetrcParseError): return False
 
-# %% ../nbs/12_tracking.ipynb #10-008
+# %% ../nbs/12_tracking.ipynb #12-008
 def wandb_mode(
     timeout:float=3.,  # seconds to wait for the server
 )->tuple:  # (online, offline or disabled; why, or None)
@@ -52,19 +54,20 @@ def wandb_mode(
     if why := server_answers(url, timeout): return 'offline', why
     return 'online', None
 
-# %% ../nbs/12_tracking.ipynb #10-015
+# %% ../nbs/12_tracking.ipynb #12-015
 def start_wandb(
     name:str,  # of the run
     folder:str,  # where it is recorded
     project:str,  # W&B's project
     tags:str='',  # with commas between
     config:dict=None,  # what the run was made with
+    decided:tuple=None,  # what `wandb_mode` said; None: ask it now
     **kw,  # passed on to `wandb.init`
 ):  # a wandb run
     "Start a W&B run, online where possible, else recorded in the folder."
     os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')  # W&B's own telemetry, sent from offline runs too
     import wandb
-    mode, why = wandb_mode()
+    mode, why = decided or wandb_mode()
     print(f"W&B: {mode}{f' ({why})' if why else ''}", file=sys.stderr)
     kw |= dict(project=project, tags=[t for t in tags.split(',') if t], name=name, dir=folder, config=config, settings=wandb.Settings(console='off', init_timeout=30))
     try: return wandb.init(mode=mode, **kw)
@@ -95,7 +98,7 @@ def log_folder(
         run.log_artifact(artifact)
     except Exception as e: print(f'W&B: the artifact {name} was not logged ({e}); {folder} has it', file=sys.stderr)
 
-# %% ../nbs/12_tracking.ipynb #10-017
+# %% ../nbs/12_tracking.ipynb #12-017
 def trackio_callback(
     samples:Path,  # samples.jsonl, written before each evaluation is logged here
 ):  # TrainerCallback
@@ -116,15 +119,16 @@ def trackio_callback(
             if rows: self.log(state, {'sample_predictions': trackio.Table(columns=list(keys), data=[[r[k] for k in keys] for r in rows])})
     return ToTrackio()
 
-# %% ../nbs/12_tracking.ipynb #10-019
+# %% ../nbs/12_tracking.ipynb #12-019
 class Tracking(Plugin):
     "`--track wandb` or `--track trackio`: a tracker's run around the training."
-    wandb = trackio = None
+    wandb = trackio = mode = None
 
     def prepare(self, run):
         from importlib.util import find_spec
         if run.cfg.track == 'trackio' and not find_spec('trackio'): raise Refused('track is trackio, which is not installed; pip install trackio')
         if run.cfg.log_model and run.cfg.track != 'wandb': raise Refused('log_model sends the model to W&B, so it needs --track wandb')
+        if run.cfg.track == 'wandb': self.mode = ThreadPoolExecutor(1).submit(wandb_mode)  # the server has time to answer until the run starts
 
     def start(self, run):
         if int(os.environ.get('RANK', 0)): return  # one process reports
@@ -134,7 +138,7 @@ class Tracking(Plugin):
             with redirect_stdout(sys.stderr):
                 self.trackio = trackio.init(project=cfg.project, name=run.out.name, config=about, resume='allow' if cfg.resume else 'never', embed=False, auto_log_gpu=False, auto_log_cpu=False)
         if cfg.track != 'wandb': return
-        self.wandb = start_wandb(run.out.name, str(run.out), cfg.project, cfg.tags, about)
+        self.wandb = start_wandb(run.out.name, str(run.out), cfg.project, cfg.tags, about, self.mode.result())
         if not self.wandb.offline and _artifact.match(cfg.data):
             try: self.wandb.use_artifact(cfg.data, type='dataset')
             except Exception as e: print(f'W&B: the data artifact was not noted ({e})', file=sys.stderr)
@@ -151,7 +155,7 @@ class Tracking(Plugin):
         if run.cfg.log_model and not error: log_folder(self.wandb, f'model-{run.out.name}', run.out/'model', 'model', fingerprints=run.fingerprints)
         finish_wandb(self.wandb, error is not None)
 
-# %% ../nbs/12_tracking.ipynb #10-037
+# %% ../nbs/12_tracking.ipynb #12-037
 def split(
     raw,  # a file of Alpaca rows, or what `load_alpaca` takes
     out,  # a folder that does not exist yet; gets alpaca_gpt4_train.jsonl and alpaca_gpt4_eval.jsonl
