@@ -19,7 +19,7 @@ from .run import Plugin
 # %% ../nbs/12_tracking.ipynb #12-006
 def server_answers(
     url:str,  # of a W&B server
-    timeout:float=3.,  # seconds, for all of it
+    timeout:float=2.,  # seconds, for all of it
 )->str|None:  # why it does not, or None
     "Ask a server for a sign of life; a server error counts as none."
     import threading, urllib.error, urllib.request
@@ -45,7 +45,7 @@ def has_key(
 
 # %% ../nbs/12_tracking.ipynb #12-008
 def wandb_mode(
-    timeout:float=3.,  # seconds to wait for the server
+    timeout:float=2.,  # seconds to wait for the server
 )->tuple:  # (online, offline or disabled; why, or None)
     "Decide how W&B will run, before anything of it is called: WANDB_MODE, then a key, then a server that answers."
     if mode := os.environ.get('WANDB_MODE'): return (mode if mode in ('online', 'offline', 'disabled') else 'offline'), f'WANDB_MODE={mode}'
