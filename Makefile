@@ -39,7 +39,6 @@ render: dev
 	$(BIN)/python tools/render.py readme
 
 docs: dev
-	$(PIP) zensical
 	rm -rf _docs _proc && mkdir -p _proc
 	$(BIN)/python tools/render.py site _proc
 	$(BIN)/zensical build --clean

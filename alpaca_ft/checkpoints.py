@@ -208,7 +208,7 @@ def changes(
     never += [f'the {k} is not the same (fingerprint {v}, now {run.fingerprints.get(k)})' for k, v in about.get('fingerprints', {}).items() if v != run.fingerprints.get(k)]
     return never, anyway
 
-# %% ../nbs/08_checkpoints.ipynb #08-022
+# %% ../nbs/08_checkpoints.ipynb #08-023
 def resume_command(
     run,  # Run with cfg and folder
 )->str:  # a line for the shell
@@ -220,7 +220,7 @@ def resume_command(
         words += [f'--{flag}' if v else f'--no-{flag}'] if f.type is bool else [f'--{flag}={v}']
     return shlex.join([*words, f'--out={run.out}', '--resume'])
 
-# %% ../nbs/08_checkpoints.ipynb #08-026
+# %% ../nbs/08_checkpoints.ipynb #08-027
 class Checkpoints(Plugin):
     "`--save-every`, `--keep` and `--resume`, and what SIGTERM and SIGINT do."
     signal = None  # the name of the signal that came

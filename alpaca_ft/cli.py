@@ -92,7 +92,7 @@ def _call(args):
     result = getattr(import_module(f'alpaca_ft.{module}'), name)(**{k: v for k, v in vars(args).items() if k != 'command'})
     if result is not None: print(result)
 
-# %% ../nbs/16_cli.ipynb #16-015
+# %% ../nbs/16_cli.ipynb #16-016
 def _config(
     args,  # from the parser
 )->RunConfig:  # checked
@@ -100,7 +100,7 @@ def _config(
     given = {f.name: getattr(args, f.name) for f in fields(RunConfig)}
     return read_config(args.config, args.preset, **given)
 
-# %% ../nbs/16_cli.ipynb #16-016
+# %% ../nbs/16_cli.ipynb #16-017
 def main(
     argv:list=None,  # arguments; None: those of the process
 )->int:  # the exit code

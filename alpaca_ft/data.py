@@ -54,7 +54,7 @@ def _row(path, i, line):
     except ValueError as e:
         raise Refused(f'{path}: row {i} is not a JSON object ({e}); expected a JSON list, or one JSON object a line') from None
 
-# %% ../nbs/00_data.ipynb #00-012
+# %% ../nbs/00_data.ipynb #00-013
 def iter_rows(
     path,  # a `.json`, `.jsonl`, `.ndjson` or `.parquet` file
 ):  # (row number from 1, row), one at a time
@@ -73,13 +73,13 @@ def read_rows(
     "All rows of a file, see `iter_rows`."
     return list(iter_rows(path))
 
-# %% ../nbs/00_data.ipynb #00-017
+# %% ../nbs/00_data.ipynb #00-018
 MAX_CHARS = 1_000_000  # characters in one field; the longest response of the GPT-4 Alpaca data has a few thousand
 _control = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]')
 _marker = re.compile(r'^### (Instruction|Input|Response):\s*$', re.M)
 _surrogate = re.compile('[\ud800-\udfff]')
 
-# %% ../nbs/00_data.ipynb #00-018
+# %% ../nbs/00_data.ipynb #00-019
 def _field_problem(
     name:str,  # `instruction`, `input` or `output`
     s,  # its value
@@ -92,7 +92,7 @@ def _field_problem(
     if m := _marker.search(s): return f'{name} holds the prompt heading {m[0].strip()!r} on a line of its own'
     if _surrogate.search(s): return f'{name} holds half a surrogate pair'
 
-# %% ../nbs/00_data.ipynb #00-019
+# %% ../nbs/00_data.ipynb #00-020
 def row_problem(
     row,  # an object read from a file
 )->str|None:  # what is wrong with it, or None
@@ -103,7 +103,7 @@ def row_problem(
     fields = dict(instruction=row['instruction'], input=row.get('input') if row.get('input') is not None else '', output=row['output'])
     return next((p for k, s in fields.items() if (p := _field_problem(k, s))), None)
 
-# %% ../nbs/00_data.ipynb #00-024
+# %% ../nbs/00_data.ipynb #00-026
 def write_jsonl(
     path:Path,  # the file to write; its folder is made
     rows,  # dicts
@@ -112,7 +112,7 @@ def write_jsonl(
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', encoding='utf-8') as f: f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
 
-# %% ../nbs/00_data.ipynb #00-026
+# %% ../nbs/00_data.ipynb #00-028
 def checked(
     rows,  # (row number, row) pairs
     where,  # the file's name, for messages
@@ -139,13 +139,13 @@ def clean_rows(
     "All good rows of a file, see `checked`."
     return list(checked(rows, where, skip_bad, bad))
 
-# %% ../nbs/00_data.ipynb #00-031
+# %% ../nbs/00_data.ipynb #00-033
 def cache_dir()->Path:  # $ALPACA_FT_CACHE, else $XDG_CACHE_HOME/alpaca_ft, else ~/.cache/alpaca_ft
     "The folder where downloads and converted models are kept between runs."
     if p := os.environ.get('ALPACA_FT_CACHE'): return Path(p)
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'alpaca_ft'
 
-# %% ../nbs/00_data.ipynb #00-032
+# %% ../nbs/00_data.ipynb #00-034
 def spool(
     batches,  # pyarrow RecordBatches, one at a time
     schema,  # of each of them
@@ -170,7 +170,7 @@ def spool(
             return Dataset(pa.ipc.open_stream(pa.py_buffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))).read_all(), fingerprint=name)
     except OSError as e: raise Refused(f'{cache_dir()}: the rows do not fit ({e.strerror}); make room, or set ALPACA_FT_CACHE to another disk') from None
 
-# %% ../nbs/00_data.ipynb #00-033
+# %% ../nbs/00_data.ipynb #00-035
 def _dataset(
     rows,  # dicts of instruction, input, output
 ):  # Dataset
@@ -179,7 +179,7 @@ def _dataset(
     schema, rows = pa.schema([(k, pa.string()) for k in ('instruction', 'input', 'output')]), iter(rows)
     return spool((pa.RecordBatch.from_pylist(b, schema) for b in iter(lambda: list(islice(rows, 1000)), [])), schema)
 
-# %% ../nbs/00_data.ipynb #00-039
+# %% ../nbs/00_data.ipynb #00-041
 def _load_folder(
     folder:Path,  # files that `load_dataset("json", data_dir=...)` sorts into splits by their names
     skip_bad:bool,  # leave bad rows out instead of refusing
@@ -196,7 +196,7 @@ def _load_folder(
         splits = load_dataset('json', data_dir=f'{tmp}/rows', cache_dir=f'{tmp}/cache')
         return DatasetDict({k: spool(d.data.to_batches(), d.data.schema) for k, d in splits.items()})
 
-# %% ../nbs/00_data.ipynb #00-044
+# %% ../nbs/00_data.ipynb #00-046
 def fetch_artifact(
     name:str,  # `entity/project/name:alias`, as in the article: `capecape/alpaca_ft/alpaca_gpt4_splitted:latest`
 )->Path:  # the folder it was downloaded to and verified in
@@ -215,11 +215,11 @@ def fetch_artifact(
                       'check the name, `wandb login` and the network, or give the path of a local copy') from None
     return folder
 
-# %% ../nbs/00_data.ipynb #00-046
+# %% ../nbs/00_data.ipynb #00-048
 _artifact = re.compile(r'^[\w.-]+/[\w.-]+/[\w.-]+:[\w.-]+$')
 _hub = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
 
-# %% ../nbs/00_data.ipynb #00-047
+# %% ../nbs/00_data.ipynb #00-049
 def _load_hub(
     name:str,  # `owner/name` of a data set on the hub
 ):  # DatasetDict
@@ -230,7 +230,7 @@ def _load_hub(
         raise Refused(f'{name}: no such file here, and not available from the hub ({type(e).__name__}: {str(e).splitlines()[0][:160]}); '
                       'check the name and the network, or give a local file') from None
 
-# %% ../nbs/00_data.ipynb #00-048
+# %% ../nbs/00_data.ipynb #00-050
 def load_alpaca(
     source:str='builtin',  # `builtin`, a file, a folder in the artifact's layout, a W&B artifact, or a hub id
     skip_bad:bool=False,  # leave bad rows out instead of refusing
@@ -247,7 +247,7 @@ def load_alpaca(
     splits = _load_hub(source)
     return DatasetDict({k: _dataset(checked(enumerate(v, 1), f'{source} [{k}]', skip_bad, bad)) for k, v in splits.items()})
 
-# %% ../nbs/00_data.ipynb #00-053
+# %% ../nbs/00_data.ipynb #00-056
 def split_alpaca(
     ds,  # Dataset
     seed:int=42,  # of the shuffle
@@ -261,7 +261,7 @@ def split_alpaca(
     ds = ds.shuffle(seed=seed, keep_in_memory=True)
     return DatasetDict(train=ds.select(range(len(ds)-n)), test=ds.select(range(len(ds)-n, len(ds))))
 
-# %% ../nbs/00_data.ipynb #00-057
+# %% ../nbs/00_data.ipynb #00-060
 def shared_rows(
     train,  # Dataset of instruction, input, output
     test,  # the same

@@ -6,14 +6,14 @@
 __all__ = ['MEASURES', 'JUDGE', 'PAGE', 'find_model', 'held_out', 'row_losses', 'repetition', 'measure', 'interval', 'compare',
            'comparison_lines', 'ask_judge', 'judge', 'evaluate']
 
-# %% ../nbs/14_evaluate.ipynb #12-003
+# %% ../nbs/14_evaluate.ipynb #14-003
 import hashlib, json, math, os, re, sys
 from pathlib import Path
 
 from .data import Refused, load_alpaca, split_alpaca
 from .report import read_run, visible
 
-# %% ../nbs/14_evaluate.ipynb #12-006
+# %% ../nbs/14_evaluate.ipynb #14-006
 def find_model(
     run,  # a run folder, a model folder, `demo` or a hub id
 )->tuple:  # (what `load_model` takes, the run's options or {})
@@ -37,7 +37,7 @@ def held_out(
     if config: return load_rows(RunConfig(**{f.name: config[f.name] for f in fields(RunConfig) if f.name in config}))[0]['test']
     return split_alpaca(load_alpaca()['train'])['test']
 
-# %% ../nbs/14_evaluate.ipynb #12-008
+# %% ../nbs/14_evaluate.ipynb #14-008
 def row_losses(
     model,  # causal language model
     tokenizer,  # its tokenizer
@@ -64,6 +64,7 @@ def row_losses(
     model.train(was)
     return dict(sorted(out.items()))
 
+# %% ../nbs/14_evaluate.ipynb #14-010
 def repetition(
     text:str,  # an answer
     n:int=4,  # words in a row
@@ -73,7 +74,7 @@ def repetition(
     grams = [tuple(w[i:i+n]) for i in range(len(w)-n+1)]
     return 1 - len(set(grams))/len(grams) if grams else 0.
 
-# %% ../nbs/14_evaluate.ipynb #12-012
+# %% ../nbs/14_evaluate.ipynb #14-014
 def measure(
     name:str,  # what `load_model` takes
     rows,  # Dataset of rows
@@ -91,7 +92,7 @@ def measure(
     return dict(losses=row_losses(model, tokenizer, rows, seq_len), answers=generate_all(prompts, model, tokenizer, max_new_tokens) if prompts else [],
                 vocabulary=hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest())
 
-# %% ../nbs/14_evaluate.ipynb #12-014
+# %% ../nbs/14_evaluate.ipynb #14-016
 def interval(
     a,  # values of one model, a row each; or (sums, counts)
     b,  # of the other, for the same rows
@@ -105,7 +106,7 @@ def interval(
     d = times@sa/(times@na) - times@sb/(times@nb)
     return float(sa.sum()/na.sum() - sb.sum()/nb.sum()), *map(float, np.quantile(d, (.025, .975)))
 
-# %% ../nbs/14_evaluate.ipynb #12-022
+# %% ../nbs/14_evaluate.ipynb #14-024
 MEASURES = (('loss, all tokens', 'losses', lambda x: [x[0], x[1]]), ('loss, response tokens', 'losses', lambda x: [x[2], x[3]]),
             ('answers that stop', 'answers', lambda x: x['stopped']), ('tokens in an answer', 'answers', lambda x: x['tokens']),
             ('repetition', 'answers', lambda x: repetition(x['text'])))  # name, part of `measure`, its value for a row
@@ -129,6 +130,7 @@ def compare(
         if part == 'losses': out.append({k: math.exp(min(v, 50)) for k, v in line.items() if k in ('value', 'other')} | dict(measure=name.replace('loss', 'perplexity')))
     return out
 
+# %% ../nbs/14_evaluate.ipynb #14-026
 def comparison_lines(
     lines:list,  # see `compare`
 )->list:  # lines of text
@@ -141,7 +143,7 @@ def comparison_lines(
         out.append(s)
     return out
 
-# %% ../nbs/14_evaluate.ipynb #12-030
+# %% ../nbs/14_evaluate.ipynb #14-034
 JUDGE = ('Two assistants answered the same request. Which answer is better: more correct, more helpful, and no longer than it should be?\n\nRequest:\n{prompt}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\n'
          'Reply with one character: A, B, or T for a tie.')  # what the judge is asked
 
@@ -167,6 +169,7 @@ def ask_judge(
             time.sleep(min(2**i, 8)*(i + 1 < tries))
     raise Refused(f'{url}: the judge does not answer ({why}); check the address, --judge-model and OPENAI_API_KEY. What it said so far is kept')
 
+# %% ../nbs/14_evaluate.ipynb #14-036
 def judge(
     pairs:list,  # (prompt, answer of the model, answer of the other)
     url:str,  # see `ask_judge`
@@ -186,7 +189,7 @@ def judge(
     d, lo, hi = interval(points, [.5]*len(points))
     return dict(wins=points.count(1.), ties=points.count(.5), losses=points.count(0.), share=d + .5, low=lo + .5, high=hi + .5, noise=lo <= 0 <= hi)
 
-# %% ../nbs/14_evaluate.ipynb #12-037
+# %% ../nbs/14_evaluate.ipynb #14-043
 PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"><title>{{ names|join(' against ') }}</title>
 <style>body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere } pre { overflow-x: auto } div { white-space: pre-wrap } h2 { font-size: 1rem; white-space: pre-wrap }
@@ -195,6 +198,7 @@ article { border-top: 1px solid #888; margin-top: 1rem } section { display: grid
 {% for r in rows %}<article><h2>{{ r.prompt }}</h2><section>{% for n, t in r.columns %}<div><b>{{ n }}</b>
 {{ t }}</div>{% endfor %}</section></article>{% endfor %}</html>'''  # the answers side by side
 
+# %% ../nbs/14_evaluate.ipynb #14-045
 def evaluate(
     run,  # a run folder, a model folder, `demo` or a hub id
     against:str=None,  # another one; `base`: the model that the run started from; None: no comparison

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Failed', 'out_of_memory', 'memory_advice', 'Faults']
 
-# %% ../nbs/09_faults.ipynb #13-003
+# %% ../nbs/09_faults.ipynb #09-003
 import math
 
 from .run import Plugin
 from .checkpoints import checkpoints, resume_command
 
-# %% ../nbs/09_faults.ipynb #13-006
+# %% ../nbs/09_faults.ipynb #09-006
 class Failed(RuntimeError):
     "The run ended for a reason that one line can say, with its remedy."
 
@@ -22,7 +22,7 @@ def out_of_memory(
     words = ("can't allocate memory", 'not enough memory', 'out of memory', 'bad_alloc', 'ALLOC_FAILED')
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and any(w in str(e) for w in words)
 
-# %% ../nbs/09_faults.ipynb #13-009
+# %% ../nbs/09_faults.ipynb #09-009
 def _gib(n): return f'{n/2**30:.1f} GiB' if n >= 2**28 else f'{n/2**20:.1f} MiB'
 
 def memory_advice(
@@ -45,14 +45,14 @@ def memory_advice(
     for p in half: p.requires_grad = True
     return f'this run takes about {_gib(now)}; what helps most: ' + ', '.join(f'{flag} ({_gib(now - t)} less{why})' for t, flag, why in sorted(found)[:3] if t < now)
 
-# %% ../nbs/09_faults.ipynb #13-014
+# %% ../nbs/09_faults.ipynb #09-014
 def _disk(e):
     "Whether an exception says that the disk is full or cannot be written."
     import errno
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
     return getattr(e, 'errno', None) in full or type(e).__name__ == 'SafetensorError' and any(f'os error {n})' in str(e) for n in full)
 
-# %% ../nbs/09_faults.ipynb #13-015
+# %% ../nbs/09_faults.ipynb #09-015
 class Faults(Plugin):
     "One line for memory that ran out and a disk that is full."
     def finish(self, run, error):

@@ -12,7 +12,7 @@ from itertools import accumulate, chain
 
 from .data import Refused, spool
 
-# %% ../nbs/02_packing.ipynb #02-015
+# %% ../nbs/02_packing.ipynb #02-018
 def truncate(
     tok,  # Dataset with input_ids and completion_mask
     seq_len:int,  # tokens in a row
@@ -30,7 +30,7 @@ def truncate(
     out = pa.table(cut, names=table.column_names)
     return Dataset(out if keep.all() else out.filter(pa.array(keep)).combine_chunks(), fingerprint=os.urandom(8).hex()), report
 
-# %% ../nbs/02_packing.ipynb #02-019
+# %% ../nbs/02_packing.ipynb #02-022
 def pack(
     tok,  # Dataset with input_ids and completion_mask, see `tokenize`
     seq_len:int=1024,  # tokens in a row
@@ -53,7 +53,7 @@ def pack(
     rows = spool(chain([first], batches), first.schema)
     return rows, dict(total) | dict(seq_len=seq_len, fill=round(total['packed_tokens']/(len(rows)*seq_len), 4))
 
-# %% ../nbs/02_packing.ipynb #02-022
+# %% ../nbs/02_packing.ipynb #02-025
 def plot_packing(
     rows,  # packed Dataset with seq_lengths
     n:int=8,  # rows to show
@@ -69,7 +69,7 @@ def plot_packing(
     ax.set(xlabel='tokens', ylabel='row'); ax.invert_yaxis()
     return ax
 
-# %% ../nbs/02_packing.ipynb #02-030
+# %% ../nbs/02_packing.ipynb #02-033
 class PackedCollator:
     "Packed rows to a batch: rows stay rows, positions restart in each document, labels are -100 where nothing is to be learnt."
     def __init__(self,
@@ -103,7 +103,7 @@ class PackedCollator:
         out = [self.row(r, width + -width % self.multiple) for r in rows]
         return {k: torch.stack([o[k] for o in out]) for k in out[0]}
 
-# %% ../nbs/02_packing.ipynb #02-036
+# %% ../nbs/02_packing.ipynb #02-039
 def isolation_error(
     model,  # causal language model
     row,  # packed row: dict with input_ids and seq_lengths
@@ -125,7 +125,7 @@ def isolation_error(
     model.train(training)
     return (packed - alone).abs().max().item()
 
-# %% ../nbs/02_packing.ipynb #02-037
+# %% ../nbs/02_packing.ipynb #02-040
 def leakage(
     model,  # causal language model
     row,  # packed row: dict with input_ids and seq_lengths

@@ -74,6 +74,7 @@ def _byte_lengths(
     n[tokenizer.all_special_ids] = 0
     return n
 
+# %% ../nbs/01_prompts.ipynb #01-030
 def _boundaries(
     texts:list,  # prompts with their responses
     prompts:list,  # the prompts
@@ -91,7 +92,7 @@ def _boundaries(
     right = (at[first] == want) & (at[ends[1:]] - at[ends[:-1]] == [len(t.encode()) for t in texts])
     return ids, [int(f - e) if ok else _boundary(raw.encode(t), len(p)) for f, e, ok, t, p in zip(first, ends, right, texts, prompts)]
 
-# %% ../nbs/01_prompts.ipynb #01-030
+# %% ../nbs/01_prompts.ipynb #01-031
 def _tokens(
     batch:dict,  # columns instruction, input, output
     raw,  # `tokenizers.Tokenizer`
@@ -110,7 +111,7 @@ def _tokens(
     for start, end, n in zip(ends, ends[1:], first): mask[start:min(start + n, end - 1)] = 0
     return pa.RecordBatch.from_arrays([pa.ListArray.from_arrays(ends, x) for x in (flat, mask)], ['input_ids', 'completion_mask'])
 
-# %% ../nbs/01_prompts.ipynb #01-031
+# %% ../nbs/01_prompts.ipynb #01-033
 def tokenize(
     ds,  # Dataset with instruction, input and output
     tokenizer,  # with an EOS token; one that gives offsets (every tokenizer of transformers 5 that has a tokenizer.json)
@@ -126,7 +127,7 @@ def tokenize(
     with ThreadPoolExecutor(2) as pool:  # one batch is made ready in Python while the tokenizer's own threads are at the next
         return spool(pool.map(lambda i: _tokens(ds[i:i+batch_rows], raw, n_bytes, tokenizer.eos_token_id), range(0, len(ds), batch_rows)), schema)
 
-# %% ../nbs/01_prompts.ipynb #01-037
+# %% ../nbs/01_prompts.ipynb #01-039
 def alpaca_chat_template(
     tokenizer,  # whether it starts every text with BOS decides whether the template does
 )->str:  # Jinja, for `tokenizer.chat_template`

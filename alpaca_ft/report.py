@@ -6,7 +6,7 @@
 __all__ = ['CHARTS', 'read_run', 'series', 'chart', 'facts', 'settings', 'differing', 'visible', 'prompt_parts', 'sample_cards',
            'render', 'write_report', 'Report']
 
-# %% ../nbs/13_report.ipynb #11-003
+# %% ../nbs/13_report.ipynb #13-003
 import base64, hashlib, io, json, math, os, re, statistics, sys
 from dataclasses import asdict
 from importlib.resources import files
@@ -16,7 +16,7 @@ from .data import Refused
 from .run import Plugin, preflight_lines
 from .trainer import RunConfig
 
-# %% ../nbs/13_report.ipynb #11-009
+# %% ../nbs/13_report.ipynb #13-009
 def _jsonl(
     path:Path,  # may not exist yet
 )->list:  # dicts
@@ -27,7 +27,7 @@ def _jsonl(
         except ValueError: raise Refused(f'{path}: line {i} is not JSON; remove it') from None
     return rows
 
-# %% ../nbs/13_report.ipynb #11-010
+# %% ../nbs/13_report.ipynb #13-010
 def read_run(
     folder,  # a run folder
 )->dict:  # name, folder, config, preflight, metrics, samples, finished
@@ -42,7 +42,7 @@ def read_run(
     return dict(name=folder.resolve().name, folder=folder, config=config, preflight=preflight, metrics=_jsonl(folder/'metrics.jsonl'),
                 samples=_jsonl(folder/'samples.jsonl'), finished=(folder/'model').is_dir())
 
-# %% ../nbs/13_report.ipynb #11-013
+# %% ../nbs/13_report.ipynb #13-013
 def series(
     metrics:list,  # rows of metrics.jsonl
     key:str,  # e.g. `loss`
@@ -54,7 +54,7 @@ def series(
     parts = [pts[i:i+n] for i in range(0, len(pts), n)]
     return [statistics.fmean(p[0] for p in q) for q in parts], [statistics.fmean(p[1] for p in q) for q in parts]
 
-# %% ../nbs/13_report.ipynb #11-014
+# %% ../nbs/13_report.ipynb #13-014
 _shades = {f'#c0ffe{i}': f'var(--c{i})' for i in range(6)} | {'#0072b2': 'var(--c0)', '#e69f00': 'var(--c5)', '#009e73': 'var(--c2)', '#cc79a7': 'var(--c3)', '#56b4e9': 'var(--c4)',
     '#d55e00': 'var(--c1)', '#ffffff': 'var(--card)', '#010101': 'var(--soft)', '#020202': 'var(--line)'}  # matplotlib's colour: the page's
 
@@ -75,7 +75,7 @@ def _svg(
     svg = re.sub('#[0-9a-f]{6}', lambda m: _shades.get(m[0], m[0]), re.sub(r'<svg.*?viewBox', lambda m: f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(label)}" viewBox', svg, count=1, flags=re.S))
     return Markup(svg)
 
-# %% ../nbs/13_report.ipynb #11-015
+# %% ../nbs/13_report.ipynb #13-015
 CHARTS = (('Loss', 'held-out and training', [('loss', '-'), ('eval_loss', 'o-')], 'thin line: training; circles: held-out, over all tokens'),
           ('Held-out loss', 'by kind of token', [('eval_loss', 'o-'), ('eval_response_loss', 's--')], 'circles: all tokens; squares, dashed: response tokens'),
           ('Learning rate', '', [('learning_rate', '-')], 'by optimizer step'),
@@ -97,12 +97,12 @@ def chart(
         if lines[0][0] == 'tokens_per_second': ax.set_ylim(bottom=0)
     return dict(title=f'{title}: {about}' if about else title, caption=caption, svg=_svg(draw, 2.5, f'{title} by step'))
 
-# %% ../nbs/13_report.ipynb #11-019
+# %% ../nbs/13_report.ipynb #13-020
 def _change(rows, key): # first and last finite value of a metric
     _, y = series(rows, key, 10**9)
     return f'{y[0]:.3f} → {y[-1]:.3f}' if len(y) > 1 else f'{y[0]:.3f}' if y else '–'
 
-# %% ../nbs/13_report.ipynb #11-020
+# %% ../nbs/13_report.ipynb #13-021
 def facts(
     r:dict,  # see `read_run`
 )->list:  # (label, text) pairs
@@ -119,7 +119,7 @@ def facts(
     if d := p.get('train'): out.append(('rows', f"{d['examples']:,}, packed into {d['rows']:,}"))
     return out
 
-# %% ../nbs/13_report.ipynb #11-023
+# %% ../nbs/13_report.ipynb #13-024
 def settings(
     config:dict,  # of config.yaml
 )->dict:  # name: value, nested names joined by a dot
@@ -135,7 +135,7 @@ def differing(
     each = [settings(r['config']) for r in runs]
     return [(k, [e.get(k, '–') for e in each]) for k in dict.fromkeys(k for e in each for k in e) if len({str(e.get(k)) for e in each}) > 1]
 
-# %% ../nbs/13_report.ipynb #11-027
+# %% ../nbs/13_report.ipynb #13-028
 def visible(
     s:str,  # text from a row or a model
 )->str:  # the same, with line breaks, and other control characters escaped
@@ -150,7 +150,7 @@ def prompt_parts(
     instruction, _, given = body.partition('\n\n### Input:\n')
     return instruction, given
 
-# %% ../nbs/13_report.ipynb #11-029
+# %% ../nbs/13_report.ipynb #13-030
 def sample_cards(
     runs:list,  # see `read_run`
     room:int=1_000_000,  # characters for all answers together
@@ -168,7 +168,7 @@ def sample_cards(
             if s['step'] in keep: card['answers'].append(dict(run=i, text=visible(s['generation'].strip()[:4000]), **{k: s[k] for k in ('step', 'tokens', 'stopped')}))
     return list(cards.values()), f'{left} evaluations are left out here to keep the file small; samples.jsonl has them.' if left else ''
 
-# %% ../nbs/13_report.ipynb #11-032
+# %% ../nbs/13_report.ipynb #13-034
 def _about(
     r:dict,  # see `read_run`
     running:bool,  # the process that writes is the run
@@ -185,6 +185,7 @@ def _about(
                 changed='settings, other than the defaults: ' + ', '.join(changed) if changed else 'settings, all defaults',
                 packing=_svg(lambda ax: plot_packing(dict(seq_lengths=lengths), len(lengths), ax), .3*len(lengths) + .5, 'packed rows') if lengths else '')
 
+# %% ../nbs/13_report.ipynb #13-035
 def render(
     runs:list,  # see `read_run`
     running:bool=False,  # the page loads itself again while the run goes on
@@ -201,7 +202,7 @@ def render(
         title=' and '.join(r['name'] for r in runs), subtitle=f"{len(runs)} runs compared" if len(runs) > 1 else f"{c.get('model')} on {c.get('data')}", running=running,
         runs=[_about(r, running) for r in runs], differing=differing(runs), charts=[chart(runs, *x) for x in CHARTS], prompts=cards, left_out=left_out, script=Markup(script), script_hash=f'sha256-{digest}')
 
-# %% ../nbs/13_report.ipynb #11-033
+# %% ../nbs/13_report.ipynb #13-036
 def write_report(
     folders:list,  # run folders, at most six
     to=None,  # the file; None: report.html in the run's folder, or here for several runs
@@ -217,7 +218,7 @@ def write_report(
     finally: part.unlink(missing_ok=True)
     return to
 
-# %% ../nbs/13_report.ipynb #11-040
+# %% ../nbs/13_report.ipynb #13-044
 class Report(Plugin):
     "RUN/report.html, at each evaluation and at the end."
     def prepare(self, run): run.report['packing'] = run.train['seq_lengths'][:8]

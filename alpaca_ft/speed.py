@@ -22,7 +22,7 @@ def document_lengths(
     starts = [(p == 0).nonzero()[:, 0].tolist() + [len(p)] for p in position_ids]
     return [[b - a for a, b in zip(s, s[1:])] for s in starts]
 
-# %% ../nbs/10_speed.ipynb #10-012
+# %% ../nbs/10_speed.ipynb #10-014
 def document_attention(
     module,  # the attention layer
     query,  # (rows, heads, tokens, head size)
@@ -47,7 +47,7 @@ def document_attention(
         rows.append(torch.cat(parts, 2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
-# %% ../nbs/10_speed.ipynb #10-013
+# %% ../nbs/10_speed.ipynb #10-015
 @contextmanager
 def isolated(
     model,  # causal language model
@@ -62,7 +62,7 @@ def isolated(
         yield
     finally: model.config._attn_implementation, _lengths[:] = was, []
 
-# %% ../nbs/10_speed.ipynb #10-020
+# %% ../nbs/10_speed.ipynb #10-022
 def _linear_loss():
     "The autograd function, made at its first use so that importing this module stays quick."
     import torch
@@ -96,7 +96,7 @@ def _linear_loss():
             return dh, None, None, None
     return LinearLoss
 
-# %% ../nbs/10_speed.ipynb #10-021
+# %% ../nbs/10_speed.ipynb #10-023
 def linear_loss(
     h,  # (tokens, hidden) last hidden states
     weight,  # (vocabulary, hidden) of the head
@@ -108,10 +108,10 @@ def linear_loss(
     if _function is None: _function = _linear_loss()
     return _function.apply(h, weight, targets, scale)
 
-# %% ../nbs/10_speed.ipynb #10-022
+# %% ../nbs/10_speed.ipynb #10-024
 _function = None
 
-# %% ../nbs/10_speed.ipynb #10-025
+# %% ../nbs/10_speed.ipynb #10-028
 def head_inputs(
     model,  # causal language model
     inputs:dict,  # a batch with labels
@@ -123,7 +123,7 @@ def head_inputs(
     with isolated(model, inputs['position_ids']): h = model.base_model(**feed, use_cache=False).last_hidden_state
     return h[:, :-1][keep], targets[keep]
 
-# %% ../nbs/10_speed.ipynb #10-026
+# %% ../nbs/10_speed.ipynb #10-029
 class Fast:
     "Laid over the trainer: attention within documents, head and loss in one go."
     def token_losses(self, model, inputs):
@@ -136,7 +136,7 @@ class Fast:
         scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
         return linear_loss(h, self.model.get_output_embeddings().weight, targets, scale/n)
 
-# %% ../nbs/10_speed.ipynb #10-028
+# %% ../nbs/10_speed.ipynb #10-031
 def differs(
     model,  # after `freeze`
     batch:dict,  # a batch with labels
@@ -155,7 +155,7 @@ def differs(
     (a, ga), (b, gb) = out
     return max((a - b).abs().item(), *((x - y).norm().item()/(x.norm().item() + 1e-12) for x, y in zip(ga, gb)))
 
-# %% ../nbs/10_speed.ipynb #10-029
+# %% ../nbs/10_speed.ipynb #10-032
 class Speed(Plugin):
     "Lays `Fast` over the trainer where it was found to give the same loss and gradients."
     def __init__(self): self.mixins, self.says = (), None

@@ -54,7 +54,7 @@ def wandb_mode(
     if why := server_answers(url, timeout): return 'offline', why
     return 'online', None
 
-# %% ../nbs/12_tracking.ipynb #12-015
+# %% ../nbs/12_tracking.ipynb #12-016
 def start_wandb(
     name:str,  # of the run
     folder:str,  # where it is recorded
@@ -75,6 +75,7 @@ def start_wandb(
         print(f'W&B: offline, for it could not start ({" ".join(str(e).split())[:160]})', file=sys.stderr)
         return wandb.init(mode='offline', **kw)
 
+# %% ../nbs/12_tracking.ipynb #12-018
 def finish_wandb(
     run,  # a wandb run
     failed:bool=False,  # its exit code says so
@@ -84,6 +85,7 @@ def finish_wandb(
     except Exception as e: print(f'W&B: the run was not finished cleanly ({e})', file=sys.stderr)
     if run.offline: print(f'W&B: recorded offline; `wandb sync {os.path.dirname(run.dir)}` sends it', file=sys.stderr)
 
+# %% ../nbs/12_tracking.ipynb #12-019
 def log_folder(
     run,  # a wandb run
     name:str,  # of the artifact
@@ -98,7 +100,7 @@ def log_folder(
         run.log_artifact(artifact)
     except Exception as e: print(f'W&B: the artifact {name} was not logged ({e}); {folder} has it', file=sys.stderr)
 
-# %% ../nbs/12_tracking.ipynb #12-017
+# %% ../nbs/12_tracking.ipynb #12-026
 def trackio_callback(
     samples:Path,  # samples.jsonl, written before each evaluation is logged here
 ):  # TrainerCallback
@@ -119,7 +121,7 @@ def trackio_callback(
             if rows: self.log(state, {'sample_predictions': trackio.Table(columns=list(keys), data=[[r[k] for k in keys] for r in rows])})
     return ToTrackio()
 
-# %% ../nbs/12_tracking.ipynb #12-019
+# %% ../nbs/12_tracking.ipynb #12-028
 class Tracking(Plugin):
     "`--track wandb` or `--track trackio`: a tracker's run around the training."
     wandb = trackio = mode = None
@@ -155,7 +157,7 @@ class Tracking(Plugin):
         if run.cfg.log_model and not error: log_folder(self.wandb, f'model-{run.out.name}', run.out/'model', 'model', fingerprints=run.fingerprints)
         finish_wandb(self.wandb, error is not None)
 
-# %% ../nbs/12_tracking.ipynb #12-037
+# %% ../nbs/12_tracking.ipynb #12-046
 def split(
     raw,  # a file of Alpaca rows, or what `load_alpaca` takes
     out,  # a folder that does not exist yet; gets alpaca_gpt4_train.jsonl and alpaca_gpt4_eval.jsonl

@@ -87,14 +87,14 @@ def check_options(
     if cfg.warmup > 1: raise Refused(f'warmup is {cfg.warmup}; it is a part of the steps, so give 0 to 1')
     if cfg.batch_size % cfg.micro_batch_size: raise Refused(f'batch_size {cfg.batch_size} is not a multiple of micro_batch_size {cfg.micro_batch_size}; change one of them')
 
-# %% ../nbs/06_trainer.ipynb #06-015
+# %% ../nbs/06_trainer.ipynb #06-016
 PRESETS = dict(
     demo={},
     article=dict(model='meta-llama/Llama-2-7b-hf', data='capecape/alpaca_ft/alpaca_gpt4_splitted:latest', n_freeze=24, seq_len=1024,
                  batch_size=32, micro_batch_size=1, lr=2e-4, warmup=0.1, epochs=1, n_samples=10, max_new_tokens=256,
                  activation_checkpointing=True, track='wandb'))  # the options of the demo and of the article's run
 
-# %% ../nbs/06_trainer.ipynb #06-016
+# %% ../nbs/06_trainer.ipynb #06-017
 def read_config(
     path=None,  # a YAML file of options
     preset:str='demo',  # a key of `PRESETS`
@@ -112,7 +112,7 @@ def read_config(
             raise Refused(f'{path or "options"}: unknown option {k!r}' + (f'; did you mean {near[0]}?' if near else f'; the options are {", ".join(known)}'))
     return RunConfig(**given)
 
-# %% ../nbs/06_trainer.ipynb #06-017
+# %% ../nbs/06_trainer.ipynb #06-018
 def _read_yaml(
     path,  # a YAML file
 )->dict:  # option: value; dashes in names become underscores
@@ -124,13 +124,13 @@ def _read_yaml(
     if d is not None and not isinstance(d, dict): raise Refused(f'{path}: holds a {type(d).__name__}; write lines like `lr: 2e-4`')
     return {str(k).replace('-', '_'): v for k, v in (d or {}).items()}
 
-# %% ../nbs/06_trainer.ipynb #06-021
+# %% ../nbs/06_trainer.ipynb #06-023
 def option_help()->dict:  # option: its comment in `RunConfig`
     "The help text of each option, taken from the comments of the dataclass."
     source = (files('alpaca_ft')/'trainer.py').read_text(encoding='utf-8')
     return dict(re.findall(r'^    (\w+):\w+ = .*?  # (.+)$', source.split('class RunConfig')[1].split('def ')[0], re.M))
 
-# %% ../nbs/06_trainer.ipynb #06-024
+# %% ../nbs/06_trainer.ipynb #06-026
 def plan(
     n_rows:int,  # packed training rows
     cfg:RunConfig,  # batch_size, epochs, max_steps, warmup, eval_every
@@ -140,7 +140,7 @@ def plan(
     steps = cfg.max_steps or per_epoch*cfg.epochs
     return dict(steps=steps, steps_per_epoch=per_epoch, warmup_steps=round(steps*cfg.warmup), eval_every=cfg.eval_every or math.ceil(steps/3))
 
-# %% ../nbs/06_trainer.ipynb #06-028
+# %% ../nbs/06_trainer.ipynb #06-030
 def sft_config(
     cfg:RunConfig,  # the run's options
     n_rows:int,  # packed training rows
@@ -162,7 +162,7 @@ def sft_config(
         logging_strategy='steps', logging_steps=1, logging_nan_inf_filter=False, save_strategy='no', report_to=list(report_to),
         seed=cfg.seed, use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, dataloader_pin_memory=False)
 
-# %% ../nbs/06_trainer.ipynb #06-032
+# %% ../nbs/06_trainer.ipynb #06-034
 def token_losses(
     model,  # causal language model
     inputs:dict,  # a batch: input_ids (or inputs_embeds), position_ids, labels, response; (rows, tokens)
@@ -178,11 +178,11 @@ def token_losses(
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction='none')
     return loss.view_as(targets), targets != -100, response
 
-# %% ../nbs/06_trainer.ipynb #06-034
+# %% ../nbs/06_trainer.ipynb #06-036
 class Diverged(RuntimeError):
     "The loss or its gradient is NaN or infinite: the run stops before the weights are touched."
 
-# %% ../nbs/06_trainer.ipynb #06-035
+# %% ../nbs/06_trainer.ipynb #06-037
 class EpochOrder:
     "Row numbers in an order that depends on the seed and the epoch, and on nothing that happened before."
     def __init__(self,
@@ -195,7 +195,7 @@ class EpochOrder:
         import torch
         yield from torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
 
-# %% ../nbs/06_trainer.ipynb #06-036
+# %% ../nbs/06_trainer.ipynb #06-038
 class Frugal:
     "Laid over SFTTrainer: token-weighted loss and evaluation, no logits without a label, an order by seed and epoch, a stop at NaN."
     def __init__(self, *args, **kw):
@@ -253,7 +253,7 @@ class Frugal:
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-# %% ../nbs/06_trainer.ipynb #06-038
+# %% ../nbs/06_trainer.ipynb #06-040
 def run_collator(
     pad_id:int,  # fills short rows
     loss_on:str,  # `all` or `response`
@@ -267,7 +267,7 @@ def run_collator(
         return batch | dict(all_labels=batch['labels'] if loss_on == 'all' else every(rows)['labels'], n_tokens=torch.tensor([len(r['input_ids']) for r in rows]))
     return collate
 
-# %% ../nbs/06_trainer.ipynb #06-039
+# %% ../nbs/06_trainer.ipynb #06-041
 def make_trainer(
     cfg:RunConfig,  # the run's options
     model,  # after `freeze`
@@ -293,7 +293,7 @@ def make_trainer(
     if cfg.activation_checkpointing: checkpoint_trained(model)
     return trainer
 
-# %% ../nbs/06_trainer.ipynb #06-040
+# %% ../nbs/06_trainer.ipynb #06-042
 class LastEvaluation:
     "Evaluate after the last step too, wherever the thirds fall."
     def __getattr__(self, name):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELP', 'load_both', 'ask_rows', 'sample', 'read_message', 'turn_ids', 'chat', 'model_card', 'export']
 
-# %% ../nbs/15_use.ipynb #13-003
+# %% ../nbs/15_use.ipynb #15-003
 import json, os, sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from .data import Refused, read_rows, row_problem
 from .evaluate import comparison_lines, find_model
 from .report import visible
 
-# %% ../nbs/15_use.ipynb #13-006
+# %% ../nbs/15_use.ipynb #15-006
 def load_both(
     run,  # a run folder, a model folder, `demo` or a hub id
     dtype=None,  # of the weights; None: what this machine is fast in
@@ -25,6 +25,7 @@ def load_both(
     quiet()
     return load_model(name, dtype=dtype or compute_dtype()), load_tokenizer(name), config
 
+# %% ../nbs/15_use.ipynb #15-007
 def ask_rows(
     file,  # .json, .jsonl or .parquet
 )->list:  # dicts with instruction, input, and output where there is one
@@ -35,6 +36,7 @@ def ask_rows(
         rows.append(row | dict(input=row.get('input') or ''))
     return rows
 
+# %% ../nbs/15_use.ipynb #15-009
 def sample(
     run,  # a run folder, a model folder, `demo` or a hub id
     instruction:str=None,  # one prompt
@@ -60,7 +62,7 @@ def sample(
         else: shown += [safe(json.dumps(l, ensure_ascii=False) if file else l['generation']) for l in lines]
     return None if to else '\n'.join(shown)
 
-# %% ../nbs/15_use.ipynb #13-011
+# %% ../nbs/15_use.ipynb #15-015
 HELP = '/reset forgets what was said, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer; """ begins and ends a text of several lines, a line "### Input:" in it begins the input'  # of chat
 
 def read_message()->str|None:  # None at the end of the input
@@ -73,6 +75,7 @@ def read_message()->str|None:  # None at the end of the input
     except EOFError: return None
     return '\n'.join(lines).strip().removesuffix('"""').strip()
 
+# %% ../nbs/15_use.ipynb #15-017
 def turn_ids(
     message:str,  # what was typed
     tokenizer,  # of the model
@@ -84,6 +87,7 @@ def turn_ids(
     prompt = create_prompt_no_answer(dict(instruction=instruction.strip(), input=given.strip()))['text']
     return tokenizer(prompt, split_special_tokens=True, add_special_tokens=first)['input_ids']
 
+# %% ../nbs/15_use.ipynb #15-019
 def chat(
     run,  # a run folder, a model folder, `demo` or a hub id
     max_new_tokens:int=256,  # in an answer, at most
@@ -120,7 +124,7 @@ def chat(
             turns.append(ids + answer + [tokenizer.eos_token_id]*(answer[-1:] != [tokenizer.eos_token_id]))
         except KeyboardInterrupt: print('\n[stopped; this turn is forgotten]')
 
-# %% ../nbs/15_use.ipynb #13-016
+# %% ../nbs/15_use.ipynb #15-024
 def model_card(
     run,  # a run folder
     dtype:str,  # of the exported weights
@@ -147,6 +151,7 @@ def model_card(
         '## Settings', table((k, c[k]) for k in ('seq_len', 'batch_size', 'epochs', 'max_steps', 'lr', 'warmup', 'loss_on', 'n_freeze', 'freeze_embed', 'seed')) ,
         '## Licence', f"The licence of {base} applies to these weights, and the data may add terms of its own. " + ('Both are Apache-2.0.' if head['license'] == 'apache-2.0' else 'Read both before you pass the model on.')]) + '\n'
 
+# %% ../nbs/15_use.ipynb #15-026
 def export(
     run,  # a run folder
     to,  # a folder that does not exist yet

@@ -32,6 +32,21 @@ def test_bench(tiny, rows, tmp_path):
     for secret in (str(tmp_path), str(Path.home()), os.uname().nodename): assert secret not in out.read_text()
 
 
+def test_quoted():
+    "The README's comparison says what the result that it names says."
+    import re
+    text = (root/'README.md').read_text(encoding='utf-8')
+    d = json.loads((root/re.search(r'\]\((benchmarks/results/[\w-]+\.json)\)', text)[1]).read_text())
+    who = {c['who']: c for c in d['contenders'] if c['workload'] == 'demo'}
+    ratio = {l['line']: f"{l['value']:.3g}x ({l['low']:.3g}-{l['high']:.3g})" for l in d['lines'] if l.get('unit') == 'x'}
+    names = {'alpaca_ft, first epoch': ('alpaca_ft', None), 'alpaca_ft, prefix cache': ('alpaca_ft-cached', None), 'LLaMA-Factory 0.9.5': ('llama-factory', 'LLaMA-Factory neat_packing'),
+             'a bare PyTorch loop': ('floor', 'the bare loop'), 'TRL 1.16, activation checkpointing off': ('trl-nockpt', 'TRL without checkpointing'), 'TRL 1.16, as': ('trl-doc', 'TRL as documented')}
+    for name, (c, peer) in names.items():
+        row = next(l for l in text.splitlines() if l.startswith(f'| {name}'))
+        expected = [f"{who[c]['tokens_per_second']['median']:.0f}", f"{who[c]['peak_mib']:,.0f}"] + ([ratio[f'{k} epoch{s}, tokens/s, against {peer}'] for k, s in (('first', ''), ('cached', 's'))] if peer else ['', ''])
+        assert [x.strip() for x in row.split('|')[2:-1]] == expected
+
+
 @pytest.mark.slow
 def test_gpu_smoke(tmp_path):
     out = tmp_path/'gpu.json'

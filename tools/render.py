@@ -6,7 +6,7 @@ directive lines are stripped, and behind each exported function stands its table
 
 usage: render.py readme | render.py site FOLDER
 """
-import importlib, re, shutil, sys
+import configparser, importlib, re, shutil, sys
 from pathlib import Path
 
 import nbformat
@@ -50,8 +50,16 @@ def markdown(path, api=True):
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources.get('outputs', {})
 
 
+def colab(text):
+    "A Colab link behind each chapter's question, made of the notebook's path and the repository in settings.ini."
+    c = configparser.ConfigParser(); c.read(root/'settings.ini'); s = c['DEFAULT']
+    url = f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}"
+    return re.sub(r'^(\| \[[^]]+\]\((nbs/[\w]+\.ipynb)\) \| .*?) \|$', rf'\1 [Colab]({url}/\2) |', text, flags=re.M)
+
+
 def readme():
     text, pictures = markdown(root/'nbs'/'index.ipynb', api=False)
+    text = colab(text)
     text = '<!-- rendered from nbs/index.ipynb by tools/render.py; edit the notebook -->\n\n' + text.replace('(images/', '(nbs/images/')
     (root/'README.md').write_text(text, encoding='utf-8')
 

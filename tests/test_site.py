@@ -1,0 +1,129 @@
+"The site: built offline, every link and anchor resolves, nothing remote is loaded, readable on a phone and in the dark. And the README's links and badges."
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlparse
+
+import pytest
+
+root = Path(__file__).parent.parent
+chromium = shutil.which('chromium') or shutil.which('chromium-browser')
+chapters = sorted(p.stem for p in (root/'nbs').glob('*.ipynb') if p.stem != 'index')
+
+
+class Page(HTMLParser):
+    "Links and anchors of a page."
+    def __init__(self, text):
+        super().__init__(); self.links, self.ids = [], set()
+        self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
+        self.links += [a[k] for k in ('href', 'src') if a.get(k)]
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The built site, made in a copy of the repository's files."
+    if not shutil.which('zensical', path=str(Path(sys.executable).parent)): pytest.skip('zensical is not installed; make docs installs it')
+    at = tmp_path_factory.mktemp('site')/'alpaca_ft'
+    at.mkdir()
+    for name in ('nbs', 'alpaca_ft', 'tools'): shutil.copytree(root/name, at/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('zensical.toml', 'settings.ini', *(p.name for p in root.glob('*.md'))): shutil.copy(root/name, at/name)
+    for cmd in ([sys.executable, 'tools/render.py', 'site', '_proc'], [str(Path(sys.executable).parent/'zensical'), 'build', '--clean']):
+        r = subprocess.run(cmd, cwd=at, capture_output=True, text=True)
+        assert r.returncode == 0, r.stdout + r.stderr
+    return at/'_docs'
+
+
+def test_links(site):
+    "Every internal link leads to a file, and every anchor to an id in it; nothing but links leads outside."
+    pages = {p.relative_to(site).as_posix(): Page(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
+    assert {f'{c}.html' for c in chapters} | {'index.html'} <= set(pages)
+    bad, seen = [], 0
+    for name, page in pages.items():
+        if name == '404.html': continue
+        for link in page.links:
+            u = urlparse(urljoin(f'site:///{name}', link) if not urlparse(link).scheme else link)
+            if u.scheme in ('http', 'https', 'mailto', 'data', 'javascript'): continue
+            to = unquote(u.path).lstrip('/') or 'index.html'
+            if to.endswith('/'): to += 'index.html'
+            seen += 1
+            if not (site/to).exists(): bad.append(f'{name}: {link}')
+            elif u.fragment and to in pages and unquote(u.fragment) not in pages[to].ids and not u.fragment.startswith('__'): bad.append(f'{name}: {link} (no such anchor)')
+    assert not bad, bad[:20]
+    assert seen > 500
+
+
+@pytest.fixture(scope='module')
+def browser():
+    if not chromium: pytest.skip('no Chromium here; on Debian: apt-get install chromium')
+    try: from playwright.sync_api import sync_playwright
+    except ImportError: pytest.skip('playwright is not installed; pip install playwright')
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, args='--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split())
+        yield b
+        b.close()
+
+
+@pytest.fixture(scope='module')
+def served(site):
+    "The site on this machine, for a page read from a file may not use workers."
+    import functools, http.server, threading
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site)); s.daemon_threads = True
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{s.server_port}'
+    s.shutdown()
+
+
+def problems_of(page, url):
+    "Console messages, script errors, failed and remote requests of a page."
+    problems = []
+    page.on('console', lambda m: problems.append(m.text) if m.type in ('error', 'warning') else None)
+    page.on('pageerror', lambda e: problems.append(str(e)))
+    page.on('requestfailed', lambda r: problems.append(f'failed: {r.url}'))
+    page.on('request', lambda r: None if r.url.startswith((url.rsplit('/', 1)[0], 'data:', 'blob:')) else problems.append(f'remote: {r.url}'))
+    page.goto(url); page.wait_for_load_state('networkidle')
+    return problems
+
+
+@pytest.mark.parametrize('name', ['index', *chapters])
+def test_page(served, browser, name):
+    "On a phone and in the dark: no error, nothing from elsewhere, no sideways scrolling, a dark ground."
+    page = browser.new_page(viewport=dict(width=390, height=800), color_scheme='dark')
+    try:
+        assert problems_of(page, f'{served}/{name}.html') == []
+        assert page.locator('h1').first.is_visible()
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390
+        assert sum(map(int, re.findall(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[:3])) < 200
+        broken = page.evaluate('[...document.images].filter(i => i.loading != "lazy" && !i.naturalWidth).map(i => i.src)')
+        assert broken == []
+    finally: page.close()
+
+
+def test_search(served, browser):
+    page = browser.new_page(viewport=dict(width=1280, height=900))
+    try:
+        page.goto(f'{served}/index.html'); page.wait_for_load_state('networkidle')
+        page.keyboard.press('/')
+        page.keyboard.type('contamination', delay=30)
+        page.wait_for_selector('a[href*="02_packing"]:visible', timeout=10_000)
+    finally: page.close()
+
+
+def test_readme_links():
+    "Files that the README names are there, and each chapter has a link and a Colab link made of its path."
+    text = (root/'README.md').read_text(encoding='utf-8')
+    for link in re.findall(r'\]\(([^)\s]+)\)', text):
+        if not urlparse(link).scheme: assert (root/link.split('#')[0]).exists(), link
+    c = configparser.ConfigParser(); c.read(root/'settings.ini'); s = c['DEFAULT']
+    for name in chapters:
+        assert f'](nbs/{name}.ipynb)' in text, name
+        assert f'](https://colab.research.google.com/github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb)' in text, name
+    assert len(re.findall(r'colab\.research\.google\.com', text)) == len(chapters)
