@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         import difflib
         options = [o for a in self._actions for o in a.option_strings]
-        near = next((m[0] for w in message.split() if w.startswith('--') and w not in options and (m := difflib.get_close_matches(w.split('=')[0], options, 1))), None)
+        near = next((m[0] for w in message.replace(':', ' ').split() if w.startswith('--') and w not in options and (m := difflib.get_close_matches(w.split('=')[0], options, 1))), None)
         self.exit(2, f'{self.prog}: {message}' + (f'; did you mean {near}?' if near else f'; see {self.prog} --help') + '\n')
 
 # %% ../nbs/16_cli.ipynb #16-008
@@ -73,17 +73,19 @@ def make_parser()->argparse.ArgumentParser:  # of the whole command
 
 # %% ../nbs/16_cli.ipynb #16-012
 def _train(args):
+    cfg = _config(args)  # before anything heavy is imported
     from alpaca_ft.run import train
     from alpaca_ft.sampling import before_after
-    run = train(_config(args))
+    run = train(cfg)
     if run.cfg.n_samples: print('\n'.join(before_after(run.out/'samples.jsonl')))
     import resource
     print(f'\nmodel in {run.out}/model, the run in {run.out}; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20:.1f} GiB')
 
 # %% ../nbs/16_cli.ipynb #16-013
 def _check(args):
+    cfg = _config(args)
     from alpaca_ft.run import check
-    check(_config(args))
+    check(cfg)
 
 # %% ../nbs/16_cli.ipynb #16-014
 def _call(args):

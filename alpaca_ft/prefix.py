@@ -107,7 +107,7 @@ def decide(
     why = ('there are no frozen layers' if cfg.n_freeze == 0 else 'no layer is trained' if cfg.n_freeze == len(decoder_layers(run.model)) else
            'the embedding is trained' if not cfg.freeze_embed else 'the frozen layers drop out at random' if drops_out(run.model) else None)
     if why and cfg_says != 'auto': raise Refused(f'prefix_cache is {cfg_says}, but {why}; use off')
-    if why or cfg_says == 'auto' and saved <= 0: return 'off', why or 'no row is seen twice'
+    if why or cfg_says == 'auto' and saved <= 0: return 'off', why or 'fewer passes than there are rows'
     cache_dir().mkdir(parents=True, exist_ok=True)
     room = dict(memory=psutil.virtual_memory().available, disk=shutil.disk_usage(cache_dir()).free)
     if cfg_says != 'auto':
@@ -126,7 +126,7 @@ def drops_out(
     return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.base_model.modules()) or any(
         (getattr(c, k, 0) or 0) > 0 for k in ('attention_dropout', 'attn_pdrop', 'resid_pdrop', 'embd_pdrop'))
 
-# %% ../nbs/11_prefix.ipynb #11-020
+# %% ../nbs/11_prefix.ipynb #11-022
 def states_key(
     run,  # Run with options and fingerprints
 )->str:  # 20 hex digits
@@ -139,7 +139,7 @@ def states_key(
             for k in ('input_ids', 'seq_lengths'): h.update(str(b[k].type).encode() + b[k].combine_chunks().flatten().to_numpy().tobytes())
     return h.hexdigest()[:20]
 
-# %% ../nbs/11_prefix.ipynb #11-021
+# %% ../nbs/11_prefix.ipynb #11-023
 def make_room(
     folder:Path,  # of kept states
     n_bytes:int,  # that are to be written
@@ -151,7 +151,7 @@ def make_room(
     while files and there + n_bytes > (there + free)/2:
         there -= files[0].stat().st_size; files.pop(0).unlink()
 
-# %% ../nbs/11_prefix.ipynb #11-022
+# %% ../nbs/11_prefix.ipynb #11-024
 def open_states(
     run,  # Run with options, model and packed rows
     where:str,  # memory or disk
@@ -176,7 +176,7 @@ def open_states(
     finally: part.unlink(missing_ok=True)
     return states
 
-# %% ../nbs/11_prefix.ipynb #11-024
+# %% ../nbs/11_prefix.ipynb #11-026
 class FromStates:
     "Laid over the trainer: the tail's first layer receives the kept states, and the frozen weights are away while it trains."
     unloadable = None
@@ -190,7 +190,7 @@ class FromStates:
         try: return what(model, inputs, *args, **kw)
         finally: self.model._states = was
 
-# %% ../nbs/11_prefix.ipynb #11-025
+# %% ../nbs/11_prefix.ipynb #11-027
 def collate_states(
     collate,  # makes a batch of packed rows
     states,  # States
@@ -205,7 +205,7 @@ def collate_states(
         return batch | dict(inputs_embeds=h)
     return with_states
 
-# %% ../nbs/11_prefix.ipynb #11-027
+# %% ../nbs/11_prefix.ipynb #11-029
 class Unloadable:
     "Frozen weights that leave memory, and come back from the model's own files when the embedding or a save asks for them."
     def __init__(self,
@@ -255,7 +255,7 @@ class Unloadable:
         for h in self.hooks: h.remove()
         for h, _ in self.files.values(): h.close()
 
-# %% ../nbs/11_prefix.ipynb #11-028
+# %% ../nbs/11_prefix.ipynb #11-030
 def model_folder(
     model_id:str,  # `demo`, a folder, or a hub id that was loaded before
 )->Path|None:  # where its files are on this disk
@@ -267,7 +267,7 @@ def model_folder(
     try: return Path(cached_file(model_id, 'config.json', local_files_only=True)).parent
     except (OSError, TypeError): return None
 
-# %% ../nbs/11_prefix.ipynb #11-029
+# %% ../nbs/11_prefix.ipynb #11-032
 class PrefixCache(Plugin):
     "`--prefix-cache`: train on the kept output of the frozen layers."
     def __init__(self): self.mixins, self.where, self.says, self.unloadable = (), None, None, None
@@ -298,10 +298,10 @@ class PrefixCache(Plugin):
         if self.unloadable: self.unloadable.close()
         if run.train_model is not None: run.train_model._hook.remove()
 
-# %% ../nbs/11_prefix.ipynb #11-030
+# %% ../nbs/11_prefix.ipynb #11-033
 def _short(row): return {k: row[k][:32] for k in ('input_ids', 'completion_mask')} | dict(seq_lengths=[len(row['input_ids'][:32])])
 
-# %% ../nbs/11_prefix.ipynb #11-031
+# %% ../nbs/11_prefix.ipynb #11-034
 def check_tail(
     run,  # Run with model, tail and packed rows
     collate,  # makes a batch with states

@@ -106,22 +106,22 @@ def chat(
     class Show(TextStreamer):
         def on_finalized_text(self, text, stream_end=False): print(visible(text), end='\n' if stream_end else '', flush=True)
     print(HELP)
-    turns = []
+    turns = []  # (message, tokens of its answer)
     while True:
         try: message = read_message()
         except KeyboardInterrupt: print('\n/quit leaves'); continue
         if message is None or message.strip() == '/quit': return
         if message.strip() == '/reset': turns = []; print('forgotten'); continue
         if not message.strip() or message.startswith('/'): print(HELP); continue
-        ids = turn_ids(message, tokenizer, not turns)
-        while turns and sum(map(len, turns)) + len(ids) > room: turns = turns[1:]; print('[the oldest turn was forgotten]')
-        if len(ids) > room: print(f'[too long: {len(ids):,} tokens, there is room for {room:,}]'); continue
-        x = torch.tensor([[t for turn in turns for t in turn] + ids], device=model.device)
+        ids = lambda: [t for i, (m, a) in enumerate([*turns, (message, [])]) for t in turn_ids(m, tokenizer, i == 0) + a]
+        while turns and len(ids()) > room: turns = turns[1:]; print('[the oldest turn was forgotten]')
+        if len(ids()) > room: print(f'[too long: {len(ids()):,} tokens, there is room for {room:,}]'); continue
+        x = torch.tensor([ids()], device=model.device)
         try:
             with as_found(model, tokenizer), autocast(model):
                 out = model.generate(x, attention_mask=torch.ones_like(x), generation_config=settings, streamer=Show(tokenizer, skip_prompt=True, skip_special_tokens=True))
             answer = out[0, x.shape[1]:].tolist()
-            turns.append(ids + answer + [tokenizer.eos_token_id]*(answer[-1:] != [tokenizer.eos_token_id]))
+            turns.append((message, answer + [tokenizer.eos_token_id]*(answer[-1:] != [tokenizer.eos_token_id])))
         except KeyboardInterrupt: print('\n[stopped; this turn is forgotten]')
 
 # %% ../nbs/15_use.ipynb #15-024

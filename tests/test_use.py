@@ -182,3 +182,21 @@ def test_export(done, here, dtype, command):
         code, out, err = command('export', done.out, *argv)
         assert code == 2 and why in err
     assert sorted(os.listdir()) == ['handed']
+
+
+def test_chat_keeps_bos(tiny, tokenizer, tmp_path, monkeypatch, capsys):
+    "A tokenizer that begins texts with BOS: so does the prompt of each turn, also after old turns were forgotten."
+    import copy
+    from tokenizers.processors import TemplateProcessing
+    from alpaca_ft import use
+    from alpaca_ft.model import load_model
+    tok = copy.deepcopy(tokenizer); tok.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
+    model, asked = load_model(str(tiny)), []
+    real = model.generate
+    def generate(x, **kw): asked.append(x[0].tolist()); return real(x, **kw)
+    model.generate = generate
+    lines = iter(['Name a tree. ' * 25, 'Name a bird. ' * 25, 'Name a fish. ' * 25, '/quit'])
+    monkeypatch.setattr('builtins.input', lambda _: next(lines)); monkeypatch.setattr(use, 'load_both', lambda *_: (model, tok, {}))
+    use.chat('any', 8)
+    assert 'forgotten' in capsys.readouterr().out and len(asked) == 3
+    assert [(a[0], a.count(0)) for a in asked] == [(0, 1)]*3
