@@ -40,19 +40,20 @@ def memory_advice(
     if c.seq_len >= 16: found.append((total(seq_len=c.seq_len//2), f'--seq-len {c.seq_len//2}', ''))
     more = n + math.ceil((len(layers) - n)/2)
     half = [p for l in layers[n:more] for p in l.parameters() if p.requires_grad]
+    size = next((p.element_size() for p in m.parameters() if not p.requires_grad), 4)  # frozen layers may be kept in fewer bytes
     for p in half: p.requires_grad = False
-    if half: found.append((total(), f'--n-freeze {more}', ''))
+    if half: found.append((total() - sum(p.numel()*(p.element_size() - size) for p in half), f'--n-freeze {more}', ''))
     for p in half: p.requires_grad = True
     return f'this run takes about {_gib(now)}; what helps most: ' + ', '.join(f'{flag} ({_gib(now - t)} less{why})' for t, flag, why in sorted(found)[:3] if t < now)
 
-# %% ../nbs/09_faults.ipynb #09-014
+# %% ../nbs/09_faults.ipynb #09-017
 def _disk(e):
     "Whether an exception says that the disk is full or cannot be written."
     import errno
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
     return getattr(e, 'errno', None) in full or type(e).__name__ == 'SafetensorError' and any(f'os error {n})' in str(e) for n in full)
 
-# %% ../nbs/09_faults.ipynb #09-015
+# %% ../nbs/09_faults.ipynb #09-018
 class Faults(Plugin):
     "One line for memory that ran out and a disk that is full."
     def finish(self, run, error):

@@ -90,7 +90,7 @@ def generate(
     res = [r['text'] for r in generate_all([prompts] if isinstance(prompts, str) else list(prompts), model, tokenizer, **kw)]
     return res[0] if isinstance(prompts, str) else res
 
-# %% ../nbs/05_sampling.ipynb #05-024
+# %% ../nbs/05_sampling.ipynb #05-027
 def fit_prompt(
     row,  # dict with instruction and input
     tokenizer,  # counts the tokens
@@ -107,7 +107,7 @@ def fit_prompt(
         prompt = create_prompt_no_answer(row)['text']
     return prompt
 
-# %% ../nbs/05_sampling.ipynb #05-029
+# %% ../nbs/05_sampling.ipynb #05-032
 def printable(
     s:str,  # text from a row or a model
     width:int=None,  # cut to this many characters
@@ -116,7 +116,7 @@ def printable(
     s = ''.join(c if c.isprintable() else '⏎' if c == '\n' else c.encode('unicode_escape').decode() for c in s)
     return s if width is None or len(s) <= width else s[:width-1] + '…'
 
-# %% ../nbs/05_sampling.ipynb #05-033
+# %% ../nbs/05_sampling.ipynb #05-036
 def append_jsonl(
     path:Path,  # a file of JSON lines; made when it does not exist
     rows:list,  # dicts
@@ -124,7 +124,7 @@ def append_jsonl(
     "Append rows as JSON lines in one write, so that a reader never sees half of one."
     with open(path, 'a', encoding='utf-8') as f: f.write(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
 
-# %% ../nbs/05_sampling.ipynb #05-034
+# %% ../nbs/05_sampling.ipynb #05-037
 class LLMSampleCB(TrainerCallback):
     "Sample the evaluation prompts before training and at each evaluation; to samples.jsonl, the terminal, and W&B where a run is active."
     def __init__(self,
@@ -181,7 +181,7 @@ class LLMSampleCB(TrainerCallback):
         if state.global_step == 0: self.log_generations_table(state)
     def on_evaluate(self, args, state, control, **kw): self.log_generations_table(state)
 
-# %% ../nbs/05_sampling.ipynb #05-040
+# %% ../nbs/05_sampling.ipynb #05-043
 def before_after(
     samples:Path,  # samples.jsonl
     n:int=4,  # prompts shown

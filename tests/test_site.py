@@ -12,7 +12,8 @@ import pytest
 
 root = Path(__file__).parent.parent
 chromium = shutil.which('chromium') or shutil.which('chromium-browser')
-chapters = sorted(p.stem for p in (root/'nbs').glob('*.ipynb') if p.stem != 'index')
+pages = sorted(p.stem for p in (root/'nbs').glob('*.ipynb'))
+chapters = [p for p in pages if p not in ('index', 'solutions')]
 
 
 class Page(HTMLParser):
@@ -42,10 +43,10 @@ def site(tmp_path_factory):
 
 def test_links(site):
     "Every internal link leads to a file, and every anchor to an id in it; nothing but links leads outside."
-    pages = {p.relative_to(site).as_posix(): Page(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
-    assert {f'{c}.html' for c in chapters} | {'index.html'} <= set(pages)
+    built = {p.relative_to(site).as_posix(): Page(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
+    assert {f'{p}.html' for p in pages} <= set(built)
     bad, seen = [], 0
-    for name, page in pages.items():
+    for name, page in built.items():
         if name == '404.html': continue
         for link in page.links:
             u = urlparse(urljoin(f'http://here/{name}', link))
@@ -54,7 +55,7 @@ def test_links(site):
             if to.endswith('/'): to += 'index.html'
             seen += 1
             if not (site/to).exists(): bad.append(f'{name}: {link}')
-            elif u.fragment and to in pages and unquote(u.fragment) not in pages[to].ids and not u.fragment.startswith('__'): bad.append(f'{name}: {link} (no such anchor)')
+            elif u.fragment and to in built and unquote(u.fragment) not in built[to].ids and not u.fragment.startswith('__'): bad.append(f'{name}: {link} (no such anchor)')
     assert not bad, bad[:20]
     assert seen > 500
 
@@ -93,7 +94,7 @@ def problems_of(page, url):
     return problems
 
 
-@pytest.mark.parametrize('name', ['index', *chapters])
+@pytest.mark.parametrize('name', pages)
 def test_page(served, browser, name):
     "On a phone and in the dark: no error, nothing from elsewhere, no sideways scrolling, a dark ground."
     page = browser.new_page(viewport=dict(width=390, height=800), color_scheme='dark')

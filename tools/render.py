@@ -50,9 +50,14 @@ def markdown(path, api=True):
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources.get('outputs', {})
 
 
+def settings():
+    c = configparser.ConfigParser(); c.read(root/'settings.ini')
+    return c['DEFAULT']
+
+
 def colab(text):
     "A Colab link behind each chapter's question, made of the notebook's path and the repository in settings.ini."
-    c = configparser.ConfigParser(); c.read(root/'settings.ini'); s = c['DEFAULT']
+    s = settings()
     url = f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}"
     return re.sub(r'^(\| \[[^]]+\]\((nbs/[\w]+\.ipynb)\) \| .*?) \|$', rf'\1 [Colab]({url}/\2) |', text, flags=re.M)
 
@@ -65,12 +70,12 @@ def readme():
 
 
 def site(folder):
-    folder = Path(folder)
+    folder, s = Path(folder), settings()
     shutil.copytree(root/'nbs'/'images', folder/'images', dirs_exist_ok=True)
     for name in ('CONTRIBUTING.md', 'SECURITY.md', 'CHANGELOG.md'): shutil.copy(root/name, folder/name)
     for p in notebooks:
         text, pictures = markdown(p)
-        text = text.replace('](nbs/', '](').replace('.ipynb)', '.md)')
+        text = text.replace('](nbs/', '](').replace('.ipynb)', '.md)').replace('](benchmarks/', f"]({s['git_url']}/blob/{s['branch']}/benchmarks/")
         (folder/f'{p.stem}.md').write_text(text, encoding='utf-8')
         for name, data in pictures.items():
             (folder/name).parent.mkdir(exist_ok=True); (folder/name).write_bytes(data)
