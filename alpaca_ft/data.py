@@ -85,7 +85,7 @@ def _field_problem(
     s,  # its value
 )->str|None:  # what is wrong with it
     "What makes one field's value unfit, or None."
-    if not isinstance(s, str): return f'{name} is a {type(s).__name__}, not text'
+    if not isinstance(s, str): return f'{name} is of type {type(s).__name__}, not text'
     if name != 'input' and not s.strip(): return f'{name} is empty'
     if len(s) > MAX_CHARS: return f'{name} has {len(s):,} characters, more than {MAX_CHARS:,}'
     if m := _control.search(s): return f'{name} holds the control character {m[0]!r}'
@@ -97,7 +97,7 @@ def row_problem(
     row,  # an object read from a file
 )->str|None:  # what is wrong with it, or None
     "Say what makes a row unfit to train on."
-    if not isinstance(row, dict): return f'a {type(row).__name__}, not an object with instruction, input and output'
+    if not isinstance(row, dict): return f'of type {type(row).__name__}, not an object with instruction, input and output'
     for k in ('instruction', 'output'):
         if k not in row or row[k] is None: return f'{k} is missing'
     fields = dict(instruction=row['instruction'], input=row.get('input') if row.get('input') is not None else '', output=row['output'])

@@ -122,7 +122,7 @@ def test_sample(done, here, command):
     got = [json.loads(l) for l in open('got.jsonl')]
     assert [r['instruction'] for r in got] == ['a', 'b', 'e'] and got[1]['output'] == 'd' and all(r['tokens'] <= 4 for r in got)
     (here/'bad.jsonl').write_text('{"instruction": "a"}\n{"instruction": 3}\n')
-    for argv, why in ((['--file', 'bad.jsonl'], 'row 2: instruction is a int'), ([], 'nothing to answer'), (['--file', 'ask.jsonl', '--to', 'got.jsonl'], 'exists already')):
+    for argv, why in ((['--file', 'bad.jsonl'], 'row 2: instruction is of type int'), ([], 'nothing to answer'), (['--file', 'ask.jsonl', '--to', 'got.jsonl'], 'exists already')):
         code, out, err = command('sample', done.out, *argv)
         assert code == 2 and why in err and len(err.splitlines()) == 1
 
