@@ -1,8 +1,8 @@
 __version__ = "0.1.0"
 
-# Every exported name can be imported from here; its module is loaded at the first use, so that `import alpaca_ft` is quick.
+# What a user needs can be imported from here; the module is loaded at the first use, so that `import alpaca_ft` is quick.
 _modules = dict(
-    data='Refused load_alpaca split_alpaca read_rows row_problem clean_rows write_jsonl fetch_artifact cache_dir',
+    data='Refused load_alpaca split_alpaca shared_rows read_rows iter_rows row_problem clean_rows write_jsonl fetch_artifact cache_dir',
     prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize alpaca_chat_template',
     packing='pack truncate plot_packing PackedCollator isolation_error leakage',
     model='demo_model load_model load_tokenizer freeze untie decoder_layers param_count compute_dtype autocast checkpoint_trained memory_estimate model_shape save_model',

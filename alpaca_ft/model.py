@@ -122,7 +122,7 @@ def param_count(
     print(f'Total params: {params:.2f}M, Trainable: {trainable_params:.2f}M')
     return params, trainable_params
 
-# %% ../nbs/03_model.ipynb #03-027
+# %% ../nbs/03_model.ipynb #03-029
 def untie(
     model,  # causal language model
 )->bool:  # whether it was tied
@@ -134,7 +134,7 @@ def untie(
     for c in (model.config, model.config.get_text_config()): c.tie_word_embeddings = False
     return True
 
-# %% ../nbs/03_model.ipynb #03-029
+# %% ../nbs/03_model.ipynb #03-031
 def decoder_layers(
     model,  # causal language model
 )->torch.nn.ModuleList:  # its layers, first to last
@@ -144,14 +144,14 @@ def decoder_layers(
     if not found: raise Refused(f'{type(model).__name__}: no list of {n} decoder layers found; only decoder-only models can be frozen by layer')
     return found[0]
 
-# %% ../nbs/03_model.ipynb #03-036
+# %% ../nbs/03_model.ipynb #03-038
 def compute_dtype()->torch.dtype:  # bf16 where the hardware multiplies in it, else fp32
     "The precision that matrix products are fast in on this machine."
     if torch.cuda.is_available(): return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     fast = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
     return torch.bfloat16 if fast and not torch.accelerator.is_available() else torch.float32
 
-# %% ../nbs/03_model.ipynb #03-037
+# %% ../nbs/03_model.ipynb #03-039
 def freeze(
     model,  # causal language model, changed in place
     n_freeze:int=24,  # layers frozen, counted from the input; 0 to all
@@ -173,7 +173,7 @@ def freeze(
         param_count(model)
     return model
 
-# %% ../nbs/03_model.ipynb #03-042
+# %% ../nbs/03_model.ipynb #03-044
 def autocast(
     model,  # after `freeze`
 ):  # a context manager
@@ -181,7 +181,7 @@ def autocast(
     if any(p.dtype == torch.bfloat16 for p in model.parameters()): return torch.autocast(model.device.type, dtype=torch.bfloat16)
     return nullcontext()
 
-# %% ../nbs/03_model.ipynb #03-048
+# %% ../nbs/03_model.ipynb #03-050
 def checkpoint_trained(
     model,  # after `freeze`
 )->int:  # layers whose activations are recomputed in the backward pass
@@ -196,7 +196,7 @@ def checkpoint_trained(
         n += on
     return n
 
-# %% ../nbs/03_model.ipynb #03-057
+# %% ../nbs/03_model.ipynb #03-059
 def save_model(
     model,  # trained
     tokenizer,  # its tokenizer
@@ -223,7 +223,7 @@ def save_model(
         with open(f, 'rb') as h: os.fsync(h.fileno())
     os.rename(part, folder)
 
-# %% ../nbs/03_model.ipynb #03-061
+# %% ../nbs/03_model.ipynb #03-063
 def memory_estimate(
     model,  # after `freeze`; may lie on the meta device, without weights
     seq_len:int=1024,  # tokens in a row
@@ -243,11 +243,11 @@ def memory_estimate(
                optimizer=2*size(trained), activations=act + copies, logits=tokens*c.vocab_size*10)
     return out | dict(total=sum(out.values()))
 
-# %% ../nbs/03_model.ipynb #03-063
+# %% ../nbs/03_model.ipynb #03-065
 LLAMA_2_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                   num_key_value_heads=32, max_position_embeddings=4096, tie_word_embeddings=False)  # the article's meta-llama/Llama-2-7b-hf
 
-# %% ../nbs/03_model.ipynb #03-064
+# %% ../nbs/03_model.ipynb #03-066
 def model_shape(
     **config,  # fields of `LlamaConfig`; default: the article's Llama-2-7B
 ):  # a LlamaForCausalLM without weights
