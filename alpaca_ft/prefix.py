@@ -278,7 +278,7 @@ class PrefixCache(Plugin):
         first = prefix_states(run.model, min(run.cfg.n_freeze, run.model.config.get_text_config().num_hidden_layers - 1), run_collator(0, 'all')([_short(run.train[0])]))
         tokens = sum(len(r) for d in (run.train, run.test) for r in d['input_ids'])
         where, why = decide(run, tokens*first.shape[-1]*first.element_size())
-        self.says = f'frozen layers: {"computed each time" if where == "off" else f"kept in {where}"} ({why})'
+        self.says = f'frozen layers: {dict(off="computed each time", memory="kept in memory", disk="kept on disk")[where]} ({why})'
         if where != 'off': self.where, run.report['prefix_cache'] = (where, first.dtype), where
 
     def ready(self, run):

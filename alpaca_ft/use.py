@@ -144,7 +144,7 @@ def model_card(
     d = p.get('train', {})
     return '\n\n'.join(['---\n' + yaml.safe_dump(head, sort_keys=False) + '---', f"# {r['name']}",
         f"{base}, freeze-tuned on instructions in the Alpaca format with alpaca_ft {c['versions']['alpaca_ft']}: the first {c['n_freeze']} layers stayed as they were. Weights in {dtype}.",
-        '## Data', f"`{c['data']}`: {d.get('examples', '?'):,} rows, {d.get('tokens', '?'):,} tokens; sha256 of the rows begins with {c['fingerprints']['data']}." if d else f"`{c['data']}`",
+        '## Data', f"`{c['data']}`: {d.get('examples', '?'):,} rows, {d.get('tokens', '?'):,} tokens; sha256 of these and the held-out rows begins with {c['fingerprints']['data']}." if d else f"`{c['data']}`",
         '## Template', "Ask in these words, or with the tokenizer's `apply_chat_template`. An answer ends with the EOS token.",
         code(prompt_no_input(dict(instruction='{instruction}'))), 'With an input:', code(prompt_input(dict(instruction='{instruction}', input='{input}'))),
         '## Evaluation', table(facts(r)), *(['Against ' + ', '.join(measured['models'][1:]) + ':' if measured['models'][1:] else 'Measured:', code('\n'.join(comparison_lines(measured['measures'])))] if measured else []),

@@ -60,6 +60,27 @@ def test_links(site):
     assert seen > 500
 
 
+def test_api(site):
+    "Every exported name is on the API page, with a link to the line that defines it and a line on each parameter."
+    from importlib import import_module
+    import inspect
+    text = (site/'api.html').read_text(encoding='utf-8')
+    ids, n = Page(text).ids, 0
+    for p in (root/'nbs').glob('*.ipynb'):
+        if not (m := re.search(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8'))): continue
+        module = import_module(f'alpaca_ft.{m[1]}')
+        for name in module.__all__:
+            obj = getattr(module, name)
+            assert name.lower() in ids, name
+            if not inspect.isfunction(obj) or obj.__module__ != module.__name__: continue
+            first = inspect.getsource(obj).splitlines()
+            line = inspect.getsourcelines(obj)[1]
+            assert f'alpaca_ft/{m[1]}.py#L{line}"' in text and any(f'def {name}(' in l for l in first[:3]), name
+            n += 1
+    assert n > 80 and text.count('<table>') > 80
+    assert '| None' not in re.sub(r'<code>.*?</code>', '', text)
+
+
 @pytest.fixture(scope='module')
 def browser():
     if not chromium: pytest.skip('no Chromium here; on Debian: apt-get install chromium')

@@ -2,11 +2,12 @@
 """Render notebooks to Markdown: README.md from nbs/index.ipynb, and the pages of the site.
 
 nbdev renders with Quarto, which is no PyPI package; this does the same with nbconvert. Cells marked `#| hide` are left out,
-directive lines are stripped, and behind each exported function stands its table of parameters, from the comments in its signature.
+directive lines are stripped, and behind exported functions stand links to their source and to their entry on the API page, whose tables are made
+from the comments in the signatures.
 
 usage: render.py readme | render.py site FOLDER
 """
-import configparser, importlib, re, shutil, sys
+import configparser, importlib, inspect, re, shutil, sys
 from pathlib import Path
 
 import nbformat
@@ -16,18 +17,55 @@ root = Path(__file__).resolve().parent.parent
 notebooks = sorted(p for p in (root/'nbs').glob('*.ipynb'))
 
 
-def table(module, name):
-    "The parameters of an exported function as Markdown, or nothing."
-    from nbdev.showdoc import show_doc
-    try: obj = getattr(importlib.import_module(f'alpaca_ft.{module}'), name)
-    except AttributeError: return ''
-    doc = show_doc(obj)._repr_markdown_()
-    return doc[doc.index('|'):] if '|' in doc else ''
+def signature_of(obj):
+    "Signature of a function, or of what makes an object of a class; None where there is none of its own."
+    if isinstance(obj, type): obj = obj.__dict__.get('__init__')
+    try: return inspect.signature(obj) if obj else None
+    except (TypeError, ValueError): return None
+
+
+def table(obj):
+    "The parameters of a function or class as a Markdown table, from the comments in its signature; empty where there are none."
+    from fastcore.docments import docments
+    sig = signature_of(obj)
+    if sig is None: return ''
+    said = docments(obj.__init__ if isinstance(obj, type) and not hasattr(obj, '__dataclass_fields__') else obj)
+    show = lambda x: '' if x is inspect.Parameter.empty else f"`{getattr(x, '__name__', x) if not isinstance(x, str) else repr(x)}`".replace('|', '\\|')
+    clean = lambda x: str(x or '').replace('|', '\\|').replace('\n', ' ')
+    rows = [f'| `{k}` | {show(p.annotation)} | {show(p.default)} | {clean(said.get(k))} |' for k, p in sig.parameters.items() if k != 'self']
+    if said.get('return'): rows.append(f"| returns | {show(sig.return_annotation)} | | {clean(said['return'])} |")
+    return '\n'.join(['| | type | default | |', '|---|---|---|---|', *rows]) if rows else ''
+
+
+def source(obj, module):
+    "Where a name is defined, as a link to its line."
+    s = settings()
+    try: line = f'#L{inspect.getsourcelines(obj)[1]}'
+    except (TypeError, OSError): line = ''
+    return f"{s['git_url']}/blob/{s['branch']}/alpaca_ft/{module}.py{line}"
+
+
+def api():
+    "The page of all exported names: what each does, its parameters, where it is taught and where it is defined."
+    out = ['# API', 'Every exported name, by chapter. `from alpaca_ft import ...` finds the usual ones; all are in their modules.']
+    for p in notebooks:
+        module = module_of(nbformat.read(p, 4))
+        if not module: continue
+        m = importlib.import_module(f'alpaca_ft.{module}')
+        out += [f'## alpaca_ft.{module}', f'{m.__doc__} [The chapter]({p.stem}.md)']
+        for name in m.__all__:
+            obj = getattr(m, name)
+            what = (obj.__doc__ or '') if callable(obj) else 'A constant.'
+            out += [f'### {name}', ' '.join(what.split()), table(obj) if callable(obj) else '', f'[source]({source(obj, module)})']
+    return '\n\n'.join(x for x in out if x) + '\n'
+
+
+def module_of(nb): return next((m[1] for c in nb.cells if (m := re.search(r'#\| ?default_exp (\w+)', c.source))), None)
 
 
 def cells(nb, api):
     "The notebook's cells as a reader of the site sees them."
-    module = next((m[1] for c in nb.cells if (m := re.search(r'#\| ?default_exp (\w+)', c.source))), None)
+    module = module_of(nb)
     for c in nb.cells:
         directives = re.findall(r'^#\| ?(.+)$', c.source, re.M) if c.cell_type == 'code' else []
         if any(d.split()[0] in ('hide', 'default_exp') for d in directives): continue
@@ -37,8 +75,9 @@ def cells(nb, api):
                 if 'data' in o: o.data.pop('text/html', None)
         yield c
         if api and 'export' in directives:
-            for name in re.findall(r'^(?:def|class) ([A-Za-z]\w*)', c.source, re.M):
-                if text := table(module, name): yield nbformat.v4.new_markdown_cell(text)
+            m = importlib.import_module(f'alpaca_ft.{module}')
+            names = [n for n in re.findall(r'^(?:def|class) ([A-Za-z]\w*)', c.source, re.M) if n in m.__all__]
+            if names: yield nbformat.v4.new_markdown_cell('Source: ' + ', '.join(f'[{n}]({source(getattr(m, n), module)})' for n in names) + '; parameters: ' + ', '.join(f'[{n}](api.md#{n.lower()})' for n in names) + '.')
 
 
 def markdown(path, api=True):
@@ -73,6 +112,7 @@ def site(folder):
     folder, s = Path(folder), settings()
     shutil.copytree(root/'nbs'/'images', folder/'images', dirs_exist_ok=True)
     for name in ('CONTRIBUTING.md', 'SECURITY.md', 'CHANGELOG.md'): shutil.copy(root/name, folder/name)
+    (folder/'api.md').write_text(api(), encoding='utf-8')
     for p in notebooks:
         text, pictures = markdown(p)
         text = text.replace('](nbs/', '](').replace('.ipynb)', '.md)').replace('](benchmarks/', f"]({s['git_url']}/blob/{s['branch']}/benchmarks/")
