@@ -20,7 +20,7 @@ class RunConfig:
     model:str = 'demo'  # `demo`, a folder, or a hub id of a causal language model
     data:str = 'builtin'  # `builtin`, a file (.json, .jsonl, .parquet), a folder, a W&B artifact entity/project/name:alias, or a hub id
     eval_data:str = None  # rows to evaluate on; none: the source's own test split, or a tenth of the rows (at most 1000)
-    out:str = None  # the run folder, which must not exist yet; none: runs/NAME, numbered
+    out:str = None  # the run folder, which must be new or empty; none: runs/NAME, numbered
     n_freeze:int = 24  # layers frozen, counted from the input
     freeze_embed:bool = True  # keep the input embedding frozen too
     seq_len:int = 1024  # tokens in a packed row
@@ -140,7 +140,7 @@ def plan(
     steps = cfg.max_steps or per_epoch*cfg.epochs
     return dict(steps=steps, steps_per_epoch=per_epoch, warmup_steps=round(steps*cfg.warmup), eval_every=cfg.eval_every or math.ceil(steps/3))
 
-# %% ../nbs/06_trainer.ipynb #06-030
+# %% ../nbs/06_trainer.ipynb #06-031
 def sft_config(
     cfg:RunConfig,  # the run's options
     n_rows:int,  # packed training rows
@@ -162,7 +162,7 @@ def sft_config(
         logging_strategy='steps', logging_steps=1, logging_nan_inf_filter=False, save_strategy='no', report_to=list(report_to),
         seed=cfg.seed, use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, dataloader_pin_memory=False)
 
-# %% ../nbs/06_trainer.ipynb #06-034
+# %% ../nbs/06_trainer.ipynb #06-035
 def token_losses(
     model,  # causal language model
     inputs:dict,  # a batch: input_ids (or inputs_embeds), position_ids, labels, response; (rows, tokens)
@@ -178,11 +178,11 @@ def token_losses(
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction='none')
     return loss.view_as(targets), targets != -100, response
 
-# %% ../nbs/06_trainer.ipynb #06-036
+# %% ../nbs/06_trainer.ipynb #06-037
 class Diverged(RuntimeError):
     "The loss or its gradient is NaN or infinite: the run stops before the weights are touched."
 
-# %% ../nbs/06_trainer.ipynb #06-037
+# %% ../nbs/06_trainer.ipynb #06-038
 class EpochOrder:
     "Row numbers in an order that depends on the seed and the epoch, and on nothing that happened before."
     def __init__(self,
@@ -195,7 +195,7 @@ class EpochOrder:
         import torch
         yield from torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
 
-# %% ../nbs/06_trainer.ipynb #06-038
+# %% ../nbs/06_trainer.ipynb #06-039
 class Frugal:
     "Laid over SFTTrainer: token-weighted loss and evaluation, no logits without a label, an order by seed and epoch, a stop at NaN."
     def __init__(self, *args, **kw):
@@ -253,7 +253,7 @@ class Frugal:
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-# %% ../nbs/06_trainer.ipynb #06-040
+# %% ../nbs/06_trainer.ipynb #06-041
 def run_collator(
     pad_id:int,  # fills short rows
     loss_on:str,  # `all` or `response`
@@ -267,7 +267,7 @@ def run_collator(
         return batch | dict(all_labels=batch['labels'] if loss_on == 'all' else every(rows)['labels'], n_tokens=torch.tensor([len(r['input_ids']) for r in rows]))
     return collate
 
-# %% ../nbs/06_trainer.ipynb #06-041
+# %% ../nbs/06_trainer.ipynb #06-042
 def make_trainer(
     cfg:RunConfig,  # the run's options
     model,  # after `freeze`
@@ -293,7 +293,7 @@ def make_trainer(
     if cfg.activation_checkpointing: checkpoint_trained(model)
     return trainer
 
-# %% ../nbs/06_trainer.ipynb #06-042
+# %% ../nbs/06_trainer.ipynb #06-043
 class LastEvaluation:
     "Evaluate after the last step too, wherever the thirds fall."
     def __getattr__(self, name):
