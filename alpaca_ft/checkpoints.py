@@ -86,7 +86,7 @@ def last_complete(
         lines.append(f'{p}: damaged ({why}); the one before it is used')
     return None, lines
 
-# %% ../nbs/08_checkpoints.ipynb #08-014
+# %% ../nbs/08_checkpoints.ipynb #08-016
 LOGS = ('metrics.jsonl', 'samples.jsonl')  # cut back to where they were at the checkpoint
 
 def _state(path): return json.loads((Path(path)/'state.json').read_text(encoding='utf-8'))
@@ -110,7 +110,7 @@ def _set_random_states(tensors, rest):
     version, state, gauss = rest['python']
     random.setstate((version, tuple(state), gauss)); np.random.set_state(tuple(rest['numpy']))
 
-# %% ../nbs/08_checkpoints.ipynb #08-017
+# %% ../nbs/08_checkpoints.ipynb #08-020
 class Checkpointing:
     "Laid over the trainer: checkpoints of what trains, resuming, a stop between steps, and what diverged."
     run = plugin = None  # set by `Checkpoints`
@@ -192,7 +192,7 @@ class Checkpointing:
         if not math.isfinite(metrics['eval_loss']): raise Diverged(f"step {self.state.global_step}: the held-out loss is {metrics['eval_loss']}. Try a lower --lr; {self.plugin.last_good(self.run)}")
         return metrics
 
-# %% ../nbs/08_checkpoints.ipynb #08-019
+# %% ../nbs/08_checkpoints.ipynb #08-022
 FREE = set('out resume resume_anyway save_every keep loss_spike_stop track project tags log_model trust_remote_code skip_bad_rows model data eval_data'.split())  # may change: the result does not depend on them
 ANYWAY = set('eval_every n_samples max_new_tokens micro_batch_size activation_checkpointing prefix_cache'.split())  # may change with --resume-anyway
 
@@ -208,7 +208,7 @@ def changes(
     never += [f'the {k} is not the same (fingerprint {v}, now {run.fingerprints.get(k)})' for k, v in about.get('fingerprints', {}).items() if v != run.fingerprints.get(k)]
     return never, anyway
 
-# %% ../nbs/08_checkpoints.ipynb #08-023
+# %% ../nbs/08_checkpoints.ipynb #08-026
 def resume_command(
     run,  # Run with cfg and folder
 )->str:  # a line for the shell
@@ -220,7 +220,7 @@ def resume_command(
         words += [f'--{flag}' if v else f'--no-{flag}'] if f.type is bool else [f'--{flag}={v}']
     return shlex.join([*words, f'--out={run.out}', '--resume'])
 
-# %% ../nbs/08_checkpoints.ipynb #08-027
+# %% ../nbs/08_checkpoints.ipynb #08-030
 class Checkpoints(Plugin):
     "`--save-every`, `--keep` and `--resume`, and what SIGTERM and SIGINT do."
     signal = None  # the name of the signal that came

@@ -173,7 +173,7 @@ def freeze(
         param_count(model)
     return model
 
-# %% ../nbs/03_model.ipynb #03-044
+# %% ../nbs/03_model.ipynb #03-047
 def autocast(
     model,  # after `freeze`
 ):  # a context manager
@@ -181,7 +181,7 @@ def autocast(
     if any(p.dtype == torch.bfloat16 for p in model.parameters()): return torch.autocast(model.device.type, dtype=torch.bfloat16)
     return nullcontext()
 
-# %% ../nbs/03_model.ipynb #03-050
+# %% ../nbs/03_model.ipynb #03-053
 def checkpoint_trained(
     model,  # after `freeze`
 )->int:  # layers whose activations are recomputed in the backward pass
@@ -196,7 +196,7 @@ def checkpoint_trained(
         n += on
     return n
 
-# %% ../nbs/03_model.ipynb #03-059
+# %% ../nbs/03_model.ipynb #03-062
 def save_model(
     model,  # trained
     tokenizer,  # its tokenizer
@@ -223,7 +223,7 @@ def save_model(
         with open(f, 'rb') as h: os.fsync(h.fileno())
     os.rename(part, folder)
 
-# %% ../nbs/03_model.ipynb #03-063
+# %% ../nbs/03_model.ipynb #03-066
 def memory_estimate(
     model,  # after `freeze`; may lie on the meta device, without weights
     seq_len:int=1024,  # tokens in a row
@@ -243,11 +243,11 @@ def memory_estimate(
                optimizer=2*size(trained), activations=act + copies, logits=tokens*c.vocab_size*10)
     return out | dict(total=sum(out.values()))
 
-# %% ../nbs/03_model.ipynb #03-065
+# %% ../nbs/03_model.ipynb #03-068
 LLAMA_2_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                   num_key_value_heads=32, max_position_embeddings=4096, tie_word_embeddings=False)  # the article's meta-llama/Llama-2-7b-hf
 
-# %% ../nbs/03_model.ipynb #03-066
+# %% ../nbs/03_model.ipynb #03-069
 def model_shape(
     **config,  # fields of `LlamaConfig`; default: the article's Llama-2-7B
 ):  # a LlamaForCausalLM without weights

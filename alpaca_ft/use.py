@@ -13,7 +13,7 @@ from .data import Refused, read_rows, row_problem
 from .evaluate import comparison_lines, find_model
 from .report import visible
 
-# %% ../nbs/15_use.ipynb #15-006
+# %% ../nbs/15_use.ipynb #15-007
 def load_both(
     run,  # a run folder, a model folder, `demo` or a hub id
     dtype=None,  # of the weights; None: what this machine is fast in
@@ -25,7 +25,7 @@ def load_both(
     quiet()
     return load_model(name, dtype=dtype or compute_dtype()), load_tokenizer(name), config
 
-# %% ../nbs/15_use.ipynb #15-007
+# %% ../nbs/15_use.ipynb #15-008
 def ask_rows(
     file,  # .json, .jsonl or .parquet
 )->list:  # dicts with instruction, input, and output where there is one
@@ -36,7 +36,7 @@ def ask_rows(
         rows.append(row | dict(input=row.get('input') or ''))
     return rows
 
-# %% ../nbs/15_use.ipynb #15-009
+# %% ../nbs/15_use.ipynb #15-010
 def sample(
     run,  # a run folder, a model folder, `demo` or a hub id
     instruction:str=None,  # one prompt
@@ -62,7 +62,7 @@ def sample(
         else: shown += [safe(json.dumps(l, ensure_ascii=False) if file else l['generation']) for l in lines]
     return None if to else '\n'.join(shown)
 
-# %% ../nbs/15_use.ipynb #15-015
+# %% ../nbs/15_use.ipynb #15-016
 HELP = '/reset forgets what was said, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer; """ begins and ends a text of several lines, a line "### Input:" in it begins the input'  # of chat
 
 def read_message()->str|None:  # None at the end of the input
@@ -75,7 +75,7 @@ def read_message()->str|None:  # None at the end of the input
     except EOFError: return None
     return '\n'.join(lines).strip().removesuffix('"""').strip()
 
-# %% ../nbs/15_use.ipynb #15-017
+# %% ../nbs/15_use.ipynb #15-018
 def turn_ids(
     message:str,  # what was typed
     tokenizer,  # of the model
@@ -87,7 +87,7 @@ def turn_ids(
     prompt = create_prompt_no_answer(dict(instruction=instruction.strip(), input=given.strip()))['text']
     return tokenizer(prompt, split_special_tokens=True, add_special_tokens=first)['input_ids']
 
-# %% ../nbs/15_use.ipynb #15-019
+# %% ../nbs/15_use.ipynb #15-020
 def chat(
     run,  # a run folder, a model folder, `demo` or a hub id
     max_new_tokens:int=256,  # in an answer, at most
@@ -124,7 +124,7 @@ def chat(
             turns.append((message, answer + [tokenizer.eos_token_id]*(answer[-1:] != [tokenizer.eos_token_id])))
         except KeyboardInterrupt: print('\n[stopped; this turn is forgotten]')
 
-# %% ../nbs/15_use.ipynb #15-024
+# %% ../nbs/15_use.ipynb #15-026
 def model_card(
     run,  # a run folder
     dtype:str,  # of the exported weights
@@ -151,7 +151,7 @@ def model_card(
         '## Settings', table((k, c[k]) for k in ('seq_len', 'batch_size', 'epochs', 'max_steps', 'lr', 'warmup', 'loss_on', 'n_freeze', 'freeze_embed', 'seed')) ,
         '## Licence', f"The licence of {base} applies to these weights, and the data may add terms of its own. " + ('Both are Apache-2.0.' if head['license'] == 'apache-2.0' else 'Read both before you pass the model on.')]) + '\n'
 
-# %% ../nbs/15_use.ipynb #15-026
+# %% ../nbs/15_use.ipynb #15-028
 def export(
     run,  # a run folder
     to,  # a folder that does not exist yet
