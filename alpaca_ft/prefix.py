@@ -14,10 +14,10 @@ from pathlib import Path
 from .data import Refused, cache_dir
 from .run import Plugin
 
-# %% ../nbs/11_prefix.ipynb #11-006
+# %% ../nbs/11_prefix.ipynb #11-007
 class _Caught(Exception): "Carries the hidden states out of a forward pass."
 
-# %% ../nbs/11_prefix.ipynb #11-007
+# %% ../nbs/11_prefix.ipynb #11-008
 def prefix_states(
     model,  # causal language model
     n_freeze:int,  # layers in front
@@ -33,7 +33,7 @@ def prefix_states(
     except _Caught as e: return e.args[0]
     finally: hook.remove()
 
-# %% ../nbs/11_prefix.ipynb #11-009
+# %% ../nbs/11_prefix.ipynb #11-010
 def tail(
     model,  # causal language model
     n_freeze:int,  # layers left out
@@ -55,7 +55,7 @@ def tail(
     top._hook = layers[n_freeze].register_forward_pre_hook(give, with_kwargs=True)
     return top
 
-# %% ../nbs/11_prefix.ipynb #11-013
+# %% ../nbs/11_prefix.ipynb #11-014
 class States:
     "The kept states of packed rows, one after another in a long tensor."
     def __init__(self,
@@ -73,7 +73,7 @@ class States:
     def __getitem__(self, i): return self.data[self.ends[i]:self.ends[i+1]]
     def __len__(self): return len(self.ends) - 1
 
-# %% ../nbs/11_prefix.ipynb #11-014
+# %% ../nbs/11_prefix.ipynb #11-015
 def compute_states(
     run,  # Run with model and packed rows
     states,  # States to fill; training rows first, then evaluation rows
@@ -90,7 +90,7 @@ def compute_states(
         with (isolated(run.model, batch['position_ids']) if run.fast else nullcontext()): states[i][:] = prefix_states(run.model, run.cfg.n_freeze, batch)[0, :len(states[i])].cpu()
     run.model.train(was)
 
-# %% ../nbs/11_prefix.ipynb #11-016
+# %% ../nbs/11_prefix.ipynb #11-017
 def decide(
     run,  # Run with options, model and packed rows
     n_bytes:int,  # size of the states
@@ -116,7 +116,7 @@ def decide(
     where = 'memory' if n_bytes < room['memory']/4 else 'disk' if n_bytes < room['disk']/2 else 'off'
     return where, f'{mb}; saves {saved:,} of {steps_rows + evals*len(run.test):,} passes through the frozen layers' if where != 'off' else f'no room for {n_bytes:,} bytes'
 
-# %% ../nbs/11_prefix.ipynb #11-017
+# %% ../nbs/11_prefix.ipynb #11-018
 def drops_out(
     model,  # causal language model
 )->bool:  # whether its layers are random in training
@@ -126,7 +126,7 @@ def drops_out(
     return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.base_model.modules()) or any(
         (getattr(c, k, 0) or 0) > 0 for k in ('attention_dropout', 'attn_pdrop', 'resid_pdrop', 'embd_pdrop'))
 
-# %% ../nbs/11_prefix.ipynb #11-022
+# %% ../nbs/11_prefix.ipynb #11-023
 def states_key(
     run,  # Run with options and fingerprints
 )->str:  # 20 hex digits
@@ -139,7 +139,7 @@ def states_key(
             for k in ('input_ids', 'seq_lengths'): h.update(str(b[k].type).encode() + b[k].combine_chunks().flatten().to_numpy().tobytes())
     return h.hexdigest()[:20]
 
-# %% ../nbs/11_prefix.ipynb #11-023
+# %% ../nbs/11_prefix.ipynb #11-024
 def make_room(
     folder:Path,  # of kept states
     n_bytes:int,  # that are to be written
@@ -151,7 +151,7 @@ def make_room(
     while files and there + n_bytes > (there + free)/2:
         there -= files[0].stat().st_size; files.pop(0).unlink()
 
-# %% ../nbs/11_prefix.ipynb #11-024
+# %% ../nbs/11_prefix.ipynb #11-025
 def open_states(
     run,  # Run with options, model and packed rows
     where:str,  # memory or disk
@@ -176,7 +176,7 @@ def open_states(
     finally: part.unlink(missing_ok=True)
     return states
 
-# %% ../nbs/11_prefix.ipynb #11-026
+# %% ../nbs/11_prefix.ipynb #11-027
 class FromStates:
     "Laid over the trainer: the tail's first layer receives the kept states, and the frozen weights are away while it trains."
     unloadable = None
@@ -190,7 +190,7 @@ class FromStates:
         try: return what(model, inputs, *args, **kw)
         finally: self.model._states = was
 
-# %% ../nbs/11_prefix.ipynb #11-027
+# %% ../nbs/11_prefix.ipynb #11-028
 def collate_states(
     collate,  # makes a batch of packed rows
     states,  # States
@@ -205,7 +205,7 @@ def collate_states(
         return batch | dict(inputs_embeds=h)
     return with_states
 
-# %% ../nbs/11_prefix.ipynb #11-029
+# %% ../nbs/11_prefix.ipynb #11-030
 class Unloadable:
     "Frozen weights that leave memory, and come back from the model's own files when the embedding or a save asks for them."
     def __init__(self,
@@ -255,7 +255,7 @@ class Unloadable:
         for h in self.hooks: h.remove()
         for h, _ in self.files.values(): h.close()
 
-# %% ../nbs/11_prefix.ipynb #11-030
+# %% ../nbs/11_prefix.ipynb #11-031
 def model_folder(
     model_id:str,  # `demo`, a folder, or a hub id that was loaded before
 )->Path|None:  # where its files are on this disk
@@ -267,7 +267,7 @@ def model_folder(
     try: return Path(cached_file(model_id, 'config.json', local_files_only=True)).parent
     except (OSError, TypeError): return None
 
-# %% ../nbs/11_prefix.ipynb #11-032
+# %% ../nbs/11_prefix.ipynb #11-033
 class PrefixCache(Plugin):
     "`--prefix-cache`: train on the kept output of the frozen layers."
     def __init__(self): self.mixins, self.where, self.says, self.unloadable = (), None, None, None
@@ -298,10 +298,10 @@ class PrefixCache(Plugin):
         if self.unloadable: self.unloadable.close()
         if run.train_model is not None: run.train_model._hook.remove()
 
-# %% ../nbs/11_prefix.ipynb #11-033
+# %% ../nbs/11_prefix.ipynb #11-034
 def _short(row): return {k: row[k][:32] for k in ('input_ids', 'completion_mask')} | dict(seq_lengths=[len(row['input_ids'][:32])])
 
-# %% ../nbs/11_prefix.ipynb #11-034
+# %% ../nbs/11_prefix.ipynb #11-035
 def check_tail(
     run,  # Run with model, tail and packed rows
     collate,  # makes a batch with states
