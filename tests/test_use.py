@@ -137,7 +137,9 @@ def test_no_model_yet(done, here, command):
 def test_chat_on_a_terminal(tiny):
     "A real terminal: streams, survives Ctrl-C in mid-answer, forgets, leaves."
     pid, fd = pty.fork()
-    if not pid: os.execv(sys.executable, [sys.executable, '-c', f'from alpaca_ft.use import chat; chat({str(tiny)!r}, 400)'])
+    if not pid:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background has it ignored, and its children inherit that
+        os.execv(sys.executable, [sys.executable, '-c', f'from alpaca_ft.use import chat; chat({str(tiny)!r}, 400)'])
     seen = ''
     def read(end):
         nonlocal seen
