@@ -60,3 +60,17 @@ def command(capfd):
         out, err = capfd.readouterr()
         return code, out, err
     return run
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "Chromium, or a skip that says what is missing."
+    import shutil
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser')
+    if not chromium: pytest.skip('no Chromium here; on Debian: apt-get install chromium')
+    try: from playwright.sync_api import sync_playwright
+    except ImportError: pytest.skip('playwright is not installed; pip install playwright')
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, args='--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split())
+        yield b
+        b.close()

@@ -7,7 +7,6 @@ import pytest
 from alpaca_ft import RunConfig, train
 from alpaca_ft.report import Report, differing, read_run, sample_cards, series, write_report
 
-chromium = shutil.which('chromium') or shutil.which('chromium-browser')
 NASTY = '<script>document.title = "pwned"</script><img src=x onerror="document.title=1"> \x1b]0;t\x07 \u202e'
 
 
@@ -20,17 +19,6 @@ def runs(tiny, rows, tmp_path_factory):
     first = json.loads((b/'samples.jsonl').read_text().splitlines()[0])
     with open(b/'samples.jsonl', 'a') as f: f.write(json.dumps(first | dict(step=6, generation=NASTY)) + '\n')
     return a, b
-
-
-@pytest.fixture(scope='module')
-def browser():
-    if not chromium: pytest.skip('no Chromium here; on Debian: apt-get install chromium')
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: pytest.skip('playwright is not installed; pip install playwright')
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args='--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split())
-        yield b
-        b.close()
 
 
 @pytest.fixture

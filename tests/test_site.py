@@ -11,7 +11,6 @@ from urllib.parse import unquote, urljoin, urlparse
 import pytest
 
 root = Path(__file__).parent.parent
-chromium = shutil.which('chromium') or shutil.which('chromium-browser')
 pages = sorted(p.stem for p in (root/'nbs').glob('*.ipynb'))
 chapters = [p for p in pages if p not in ('index', 'solutions')]
 
@@ -79,17 +78,6 @@ def test_api(site):
             n += 1
     assert n > 80 and text.count('<table>') > 80
     assert '| None' not in re.sub(r'<code>.*?</code>', '', text)
-
-
-@pytest.fixture(scope='module')
-def browser():
-    if not chromium: pytest.skip('no Chromium here; on Debian: apt-get install chromium')
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: pytest.skip('playwright is not installed; pip install playwright')
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args='--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split())
-        yield b
-        b.close()
 
 
 @pytest.fixture(scope='module')
