@@ -50,3 +50,19 @@ def test_refused(kw, part, tiny, rows, here):
     from alpaca_ft import Refused
     with pytest.raises(Refused, match=part): train(RunConfig(**(dict(model=str(tiny), data=str(rows), n_freeze=2, seq_len=256, out='run', prefix_cache='memory') | kw)))
     assert not (here/'run').exists()
+
+
+def test_linear_loss_gathers():
+    "Over two micro-batches the head's gradient is the sum of both, as PyTorch adds it, in one tensor that stays."
+    import torch
+    from torch.nn.functional import cross_entropy
+    from alpaca_ft.speed import linear_loss
+    torch.manual_seed(0)
+    w, (h, g), t = torch.randn(5000, 8), torch.randn(2, 6, 8), torch.randint(5000, (2, 6))
+    plain, fast = (w.clone().requires_grad_() for _ in range(2))
+    for x, y in zip((h, g), t):
+        cross_entropy(x @ plain.T, y, reduction='sum').backward()
+        linear_loss(x, fast, y, 1.).backward()
+        kept = fast.grad if x is h else kept
+    assert fast.grad is kept
+    torch.testing.assert_close(fast.grad, plain.grad, atol=1e-5, rtol=1e-4)
