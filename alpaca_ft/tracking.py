@@ -69,7 +69,7 @@ def start_wandb(
     import wandb
     mode, why = decided or wandb_mode()
     print(f"W&B: {mode}{f' ({why})' if why else ''}", file=sys.stderr)
-    kw |= dict(project=project, tags=[t for t in tags.split(',') if t], name=name, dir=folder, config=config, settings=wandb.Settings(console='off', init_timeout=30))
+    kw |= dict(project=project, tags=[t for t in tags.split(',') if t], name=name, dir=os.path.abspath(folder), config=config, settings=wandb.Settings(console='off', init_timeout=30))
     try: return wandb.init(mode=mode, **kw)
     except Exception as e:
         print(f'W&B: offline, for it could not start ({" ".join(str(e).split())[:160]})', file=sys.stderr)
@@ -100,7 +100,7 @@ def log_folder(
         run.log_artifact(artifact)
     except Exception as e: print(f'W&B: the artifact {name} was not logged ({e}); {folder} has it', file=sys.stderr)
 
-# %% ../nbs/12_tracking.ipynb #12-027
+# %% ../nbs/12_tracking.ipynb #12-028
 def trackio_callback(
     samples:Path,  # samples.jsonl, written before each evaluation is logged here
 ):  # TrainerCallback
@@ -121,7 +121,7 @@ def trackio_callback(
             if rows: self.log(state, {'sample_predictions': trackio.Table(columns=list(keys), data=[[r[k] for k in keys] for r in rows])})
     return ToTrackio()
 
-# %% ../nbs/12_tracking.ipynb #12-029
+# %% ../nbs/12_tracking.ipynb #12-030
 class Tracking(Plugin):
     "`--track wandb` or `--track trackio`: a tracker's run around the training."
     wandb = trackio = mode = None
@@ -157,7 +157,7 @@ class Tracking(Plugin):
         if run.cfg.log_model and not error: log_folder(self.wandb, f'model-{run.out.name}', run.out/'model', 'model', fingerprints=run.fingerprints)
         finish_wandb(self.wandb, error is not None)
 
-# %% ../nbs/12_tracking.ipynb #12-047
+# %% ../nbs/12_tracking.ipynb #12-048
 def split(
     raw,  # a file of Alpaca rows, or what `load_alpaca` takes
     out,  # a folder that does not exist yet; gets alpaca_gpt4_train.jsonl and alpaca_gpt4_eval.jsonl

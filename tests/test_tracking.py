@@ -43,6 +43,16 @@ def test_wandb_offline(tiny, rows, tmp_path):
     assert len(model) == 1 and sorted(e['path'] for e in model[0]['manifest']['contents']) == sorted(p.name for p in (run.out/'model').iterdir())
 
 
+def test_wandb_after_chdir(tmp_path):
+    "W&B's service keeps the directory it was started in; a relative folder means the caller's directory all the same."
+    (tmp_path/'first').mkdir(); (tmp_path/'second').mkdir()
+    code = ("import os, wandb; from alpaca_ft.tracking import finish_wandb, start_wandb\n"
+            "wandb.setup(); os.chdir('../second'); os.mkdir('run')\n"
+            "finish_wandb(start_wandb('run', 'run', 'alpaca_ft', decided=('offline', 'asked for')))")
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path/'first', check=True, capture_output=True)
+    assert list((tmp_path/'second'/'run'/'wandb').glob('offline-run-*/run-*.wandb')) and not list((tmp_path/'first').iterdir())
+
+
 def test_wandb_unreachable(tiny, rows, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv('WANDB_API_KEY', 'x'*40); monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')
     run = tiny_run(tiny, rows, tmp_path/'run', track='wandb', n_samples=0, max_steps=1)
