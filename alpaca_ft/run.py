@@ -16,7 +16,7 @@ from pathlib import Path
 from .data import Refused, load_alpaca, shared_rows, split_alpaca
 from .trainer import RunConfig, make_trainer, plan
 
-# %% ../nbs/07_finetune.ipynb #07-006
+# %% ../nbs/07_finetune.ipynb #07-007
 @dataclass
 class Run:
     "The parts of a run: options, rows, model, report, folder and trainer, filled in as it goes."
@@ -40,7 +40,7 @@ class Run:
 class Stopped(RuntimeError):
     "The run was asked to stop, and left a checkpoint to go on from."
 
-# %% ../nbs/07_finetune.ipynb #07-007
+# %% ../nbs/07_finetune.ipynb #07-008
 class Plugin:
     "What a later chapter adds to a run. Every method may be left as it is."
     mixins = ()  # classes laid over the trainer
@@ -60,7 +60,7 @@ def quiet()->None:
     datasets.disable_progress_bars(); hf.disable_progress_bar(); hf.set_verbosity_error()
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would report every trainer to the hub
 
-# %% ../nbs/07_finetune.ipynb #07-009
+# %% ../nbs/07_finetune.ipynb #07-010
 def load_rows(
     cfg:RunConfig,  # data, eval_data, skip_bad_rows, seed
 )->tuple:  # (DatasetDict with train and test, lines about rows left out)
@@ -74,7 +74,7 @@ def load_rows(
     if 'train' not in ds: raise Refused(f'{cfg.data}: has {", ".join(ds)}, but no train split')
     return (DatasetDict(train=ds['train'], test=ds['test']) if 'test' in ds else split_alpaca(ds['train'], cfg.seed)), bad
 
-# %% ../nbs/07_finetune.ipynb #07-011
+# %% ../nbs/07_finetune.ipynb #07-012
 def fingerprint(
     rows,  # DatasetDict
     model,  # as loaded
@@ -89,7 +89,7 @@ def fingerprint(
         if not p.is_meta: weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return dict(data=data.hexdigest()[:16], model=weights.hexdigest()[:16])
 
-# %% ../nbs/07_finetune.ipynb #07-013
+# %% ../nbs/07_finetune.ipynb #07-014
 def _fits(
     run,  # Run with model and tokenizer
 )->None:
@@ -99,7 +99,7 @@ def _fits(
     limit = getattr(run.model.config.get_text_config(), 'max_position_embeddings', None)
     if limit and run.cfg.seq_len > limit: raise Refused(f'seq_len is {run.cfg.seq_len}, but {name} has {limit} positions; give at most that')
 
-# %% ../nbs/07_finetune.ipynb #07-014
+# %% ../nbs/07_finetune.ipynb #07-015
 def prepare(
     cfg:RunConfig,  # the options
 )->Run:  # with rows, tokenizer, packed data and frozen model
@@ -118,7 +118,7 @@ def prepare(
     freeze(run.model, cfg.n_freeze, cfg.freeze_embed, dtype, verbose=False)
     return run
 
-# %% ../nbs/07_finetune.ipynb #07-015
+# %% ../nbs/07_finetune.ipynb #07-016
 def pack_rows(
     run,  # Run with rows and tokenizer; gets train, test and the report's data part
     bad:list=(),  # lines about rows left out
@@ -135,7 +135,7 @@ def pack_rows(
     if both == len(run.rows['test']): raise Refused(f'{run.cfg.eval_data or run.cfg.data}: all {both} evaluation rows are training rows too; give others as --eval-data')
     run.report |= dict(rows_refused=len(bad), why_refused=list(bad[:20]), eval_in_train=both, train=reports['train'], eval=reports['test'], **plan(len(run.train), run.cfg))
 
-# %% ../nbs/07_finetune.ipynb #07-017
+# %% ../nbs/07_finetune.ipynb #07-018
 def probe(
     run,  # Run with model and packed rows
     max_tokens:int=256,  # of the first row
@@ -159,7 +159,7 @@ def probe(
     run.model.zero_grad(set_to_none=True); run.model.train(was)
     return dict(leakage=leak, without_gradient=none, tokens_per_second=round(n/seconds))
 
-# %% ../nbs/07_finetune.ipynb #07-018
+# %% ../nbs/07_finetune.ipynb #07-019
 def preflight(
     run,  # Run with model and packed rows; its report is completed
     measure:bool=True,  # False where the model has no weights
@@ -177,7 +177,7 @@ def preflight(
         run.report |= dict(isolated=True, probe_tokens_per_second=p['tokens_per_second'], estimated_seconds=round(tokens/p['tokens_per_second']))
     return run.report
 
-# %% ../nbs/07_finetune.ipynb #07-019
+# %% ../nbs/07_finetune.ipynb #07-020
 def preflight_lines(
     report:dict,  # see `preflight`; parts that are not known may be missing
 )->list:  # lines of text
@@ -197,7 +197,7 @@ def preflight_lines(
     if 'estimated_seconds' in r: lines.append(f"time      about {r['estimated_seconds']/60:.0f} min of training at {r['probe_tokens_per_second']} tokens/s (a short probe), evaluation and samples beside it")
     return lines
 
-# %% ../nbs/07_finetune.ipynb #07-021
+# %% ../nbs/07_finetune.ipynb #07-022
 def check(
     cfg:RunConfig,  # the options
 )->dict:  # the report, printed too
@@ -208,7 +208,7 @@ def check(
     print('\n'.join(preflight_lines(report) + [f'unknown   {u}' for u in unknown]))
     return report
 
-# %% ../nbs/07_finetune.ipynb #07-025
+# %% ../nbs/07_finetune.ipynb #07-026
 def _prepare_shape(
     cfg:RunConfig,  # options with a hub id as model
     unknown:list,  # gets a line for each thing that cannot be known
@@ -236,7 +236,7 @@ def _prepare_shape(
             unknown.append('the steps above are for the 11,210 packed rows that the article counts; yours follow from your rows')
     return run
 
-# %% ../nbs/07_finetune.ipynb #07-029
+# %% ../nbs/07_finetune.ipynb #07-030
 def run_folder(
     cfg:RunConfig,  # out, or the model's name
 )->Path:  # a folder that does not exist yet
@@ -255,13 +255,13 @@ def run_folder(
     while out.exists(): out, n = base.with_name(f'{base.name}-{n}'), n + 1
     return out
 
-# %% ../nbs/07_finetune.ipynb #07-030
+# %% ../nbs/07_finetune.ipynb #07-031
 def versions()->dict:  # package: version
     "The versions that a run depends on."
     from importlib.metadata import version
     return {'python': sys.version.split()[0]} | {p: version(p) for p in ('alpaca_ft', 'torch', 'transformers', 'trl', 'datasets', 'accelerate')}
 
-# %% ../nbs/07_finetune.ipynb #07-031
+# %% ../nbs/07_finetune.ipynb #07-032
 def write_start(
     run,  # Run with report and fingerprints; its folder is made
 )->None:
@@ -273,7 +273,7 @@ def write_start(
     os.replace(run.out/'config.yaml.part', run.out/'config.yaml')  # complete or absent
     (run.out/'preflight.json').write_text(json.dumps(run.report, indent=1, ensure_ascii=False), encoding='utf-8')
 
-# %% ../nbs/07_finetune.ipynb #07-033
+# %% ../nbs/07_finetune.ipynb #07-034
 def metrics_callback(
     path:Path,  # metrics.jsonl
     start:int=0,  # steps already done
@@ -296,14 +296,14 @@ def metrics_callback(
         def on_train_end(self, args, state, control, **kw): self.bar.close()
     return Metrics()
 
-# %% ../nbs/07_finetune.ipynb #07-035
+# %% ../nbs/07_finetune.ipynb #07-036
 def load_plugins(
     names=None,  # 'module:Class' names; None: `PLUGINS`
 )->list:  # Plugin instances
     "The plugins that later chapters registered under their names."
     return [getattr(importlib.import_module(m), c)() for m, c in (n.split(':') for n in (PLUGINS if names is None else names))]
 
-# %% ../nbs/07_finetune.ipynb #07-036
+# %% ../nbs/07_finetune.ipynb #07-037
 def train(
     cfg:RunConfig,  # the options
     plugins:list=None,  # Plugin instances; None: all that the package has
@@ -328,7 +328,7 @@ def train(
         save_model(run.model, run.tokenizer, run.out/'model')
     return run
 
-# %% ../nbs/07_finetune.ipynb #07-037
+# %% ../nbs/07_finetune.ipynb #07-038
 def build_trainer(
     run,  # Run, prepared
     plugins:list,  # Plugin instances

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 from .run import Plugin
 
-# %% ../nbs/10_speed.ipynb #10-008
+# %% ../nbs/10_speed.ipynb #10-009
 _lengths = []  # a list of document lengths for each row, while `isolated` is on
 
-# %% ../nbs/10_speed.ipynb #10-009
+# %% ../nbs/10_speed.ipynb #10-010
 def document_lengths(
     position_ids,  # (rows, tokens); start at 0 in each document
 )->list:  # a list of lengths for each row
@@ -22,7 +22,7 @@ def document_lengths(
     starts = [(p == 0).nonzero()[:, 0].tolist() + [len(p)] for p in position_ids]
     return [[b - a for a, b in zip(s, s[1:])] for s in starts]
 
-# %% ../nbs/10_speed.ipynb #10-014
+# %% ../nbs/10_speed.ipynb #10-015
 def document_attention(
     module,  # the attention layer
     query,  # (rows, heads, tokens, head size)
@@ -47,7 +47,7 @@ def document_attention(
         rows.append(torch.cat(parts, 2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
-# %% ../nbs/10_speed.ipynb #10-015
+# %% ../nbs/10_speed.ipynb #10-016
 @contextmanager
 def isolated(
     model,  # causal language model
@@ -62,7 +62,7 @@ def isolated(
         yield
     finally: model.config._attn_implementation, _lengths[:] = was, []
 
-# %% ../nbs/10_speed.ipynb #10-022
+# %% ../nbs/10_speed.ipynb #10-025
 def _linear_loss():
     "The autograd function, made at its first use so that importing this module stays quick."
     import torch
@@ -96,7 +96,7 @@ def _linear_loss():
             return dh, None, None, None
     return LinearLoss
 
-# %% ../nbs/10_speed.ipynb #10-023
+# %% ../nbs/10_speed.ipynb #10-026
 def linear_loss(
     h,  # (tokens, hidden) last hidden states
     weight,  # (vocabulary, hidden) of the head
@@ -108,10 +108,10 @@ def linear_loss(
     if _function is None: _function = _linear_loss()
     return _function.apply(h, weight, targets, scale)
 
-# %% ../nbs/10_speed.ipynb #10-024
+# %% ../nbs/10_speed.ipynb #10-027
 _function = None
 
-# %% ../nbs/10_speed.ipynb #10-028
+# %% ../nbs/10_speed.ipynb #10-031
 def head_inputs(
     model,  # causal language model
     inputs:dict,  # a batch with labels
@@ -123,7 +123,7 @@ def head_inputs(
     with isolated(model, inputs['position_ids']): h = model.base_model(**feed, use_cache=False).last_hidden_state
     return h[:, :-1][keep], targets[keep]
 
-# %% ../nbs/10_speed.ipynb #10-029
+# %% ../nbs/10_speed.ipynb #10-032
 class Fast:
     "Laid over the trainer: attention within documents, head and loss in one go."
     def token_losses(self, model, inputs):
@@ -136,7 +136,7 @@ class Fast:
         scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
         return linear_loss(h, self.model.get_output_embeddings().weight, targets, scale/n)
 
-# %% ../nbs/10_speed.ipynb #10-031
+# %% ../nbs/10_speed.ipynb #10-034
 def differs(
     model,  # after `freeze`
     batch:dict,  # a batch with labels
@@ -155,7 +155,7 @@ def differs(
     (a, ga), (b, gb) = out
     return max((a - b).abs().item(), *((x - y).norm().item()/(x.norm().item() + 1e-12) for x, y in zip(ga, gb)))
 
-# %% ../nbs/10_speed.ipynb #10-032
+# %% ../nbs/10_speed.ipynb #10-035
 class Speed(Plugin):
     "Lays `Fast` over the trainer where it was found to give the same loss and gradients."
     def __init__(self): self.mixins, self.says = (), None
@@ -166,7 +166,7 @@ class Speed(Plugin):
         from alpaca_ft.trainer import run_collator
         head = run.model.get_output_embeddings()
         if run.model.device.type != 'cpu' or getattr(head, 'bias', None) is not None: return
-        row, n = run.train[0], min(len(run.train[0]['input_ids']), 192)
+        row, n = run.train[0], min(len(run.train[0]['input_ids']), 128)
         piece = dict(input_ids=row['input_ids'][:n], completion_mask=row['completion_mask'][:n], seq_lengths=[n//3, n - n//3])
         bf16 = any(p.dtype == torch.bfloat16 for p in run.model.parameters())
         try: d = differs(run.model, run_collator(0, 'all')([piece]))
