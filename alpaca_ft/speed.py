@@ -166,7 +166,7 @@ class Speed(Plugin):
         from alpaca_ft.trainer import run_collator
         head = run.model.get_output_embeddings()
         if run.model.device.type != 'cpu' or getattr(head, 'bias', None) is not None: return
-        row, n = run.train[0], min(len(run.train[0]['input_ids']), 128)
+        row, n = run.train[0], min(len(run.train[0]['input_ids']), 192)
         piece = dict(input_ids=row['input_ids'][:n], completion_mask=row['completion_mask'][:n], seq_lengths=[n//3, n - n//3])
         bf16 = any(p.dtype == torch.bfloat16 for p in run.model.parameters())
         try: d = differs(run.model, run_collator(0, 'all')([piece]))
