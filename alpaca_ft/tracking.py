@@ -100,7 +100,7 @@ def log_folder(
         run.log_artifact(artifact)
     except Exception as e: print(f'W&B: the artifact {name} was not logged ({e}); {folder} has it', file=sys.stderr)
 
-# %% ../nbs/12_tracking.ipynb #12-028
+# %% ../nbs/12_tracking.ipynb #12-029
 def trackio_callback(
     samples:Path,  # samples.jsonl, written before each evaluation is logged here
 ):  # TrainerCallback
@@ -121,7 +121,7 @@ def trackio_callback(
             if rows: self.log(state, {'sample_predictions': trackio.Table(columns=list(keys), data=[[r[k] for k in keys] for r in rows])})
     return ToTrackio()
 
-# %% ../nbs/12_tracking.ipynb #12-030
+# %% ../nbs/12_tracking.ipynb #12-031
 class Tracking(Plugin):
     "`--track wandb` or `--track trackio`: a tracker's run around the training."
     wandb = trackio = mode = None
@@ -157,7 +157,7 @@ class Tracking(Plugin):
         if run.cfg.log_model and not error: log_folder(self.wandb, f'model-{run.out.name}', run.out/'model', 'model', fingerprints=run.fingerprints)
         finish_wandb(self.wandb, error is not None)
 
-# %% ../nbs/12_tracking.ipynb #12-048
+# %% ../nbs/12_tracking.ipynb #12-049
 def split(
     raw,  # a file of Alpaca rows, or what `load_alpaca` takes
     out,  # a folder that does not exist yet; gets alpaca_gpt4_train.jsonl and alpaca_gpt4_eval.jsonl

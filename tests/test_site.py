@@ -128,12 +128,12 @@ def test_search(served, browser):
 
 
 def test_readme_links():
-    "Files that the README names are there, and each chapter has a link and a Colab link made of its path."
+    "Files that the README names are there, and each chapter has a link and a Colab badge made of its path."
     text = (root/'README.md').read_text(encoding='utf-8')
     for link in re.findall(r'\]\(([^)\s]+)\)', text):
         if not urlparse(link).scheme: assert (root/link.split('#')[0]).exists(), link
     c = configparser.ConfigParser(); c.read(root/'settings.ini'); s = c['DEFAULT']
     for name in chapters:
         assert f'](nbs/{name}.ipynb)' in text, name
-        assert f'](https://colab.research.google.com/github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb)' in text, name
+        assert f'[![Open in Colab](nbs/images/colab.svg)](https://colab.research.google.com/github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb)' in text, name
     assert len(re.findall(r'colab\.research\.google\.com', text)) == len(chapters)

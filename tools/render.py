@@ -95,10 +95,10 @@ def settings():
 
 
 def colab(text):
-    "A Colab link behind each chapter's question, made of the notebook's path and the repository in settings.ini."
+    "A Colab badge behind each chapter's question, made of the notebook's path and the repository in settings.ini."
     s = settings()
     url = f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}"
-    return re.sub(r'^(\| \[[^]]+\]\((nbs/[\w]+\.ipynb)\) \| .*?) \|$', rf'\1 [Colab]({url}/\2) |', text, flags=re.M)
+    return re.sub(r'^(\| \[[^]]+\]\((nbs/[\w]+\.ipynb)\) \| .*?) \|$', rf'\1 [![Open in Colab](images/colab.svg)]({url}/\2) |', text, flags=re.M)
 
 
 def readme():
