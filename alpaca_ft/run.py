@@ -194,7 +194,7 @@ def preflight_lines(
     lines.append(f"model     {r['parameters']/1e6:,.2f}M parameters, {r['trainable']/1e6:,.2f}M trained")
     m = r['memory_bytes']
     lines.append(f"memory    about {m['total']/gib:.1f} GiB: " + ', '.join(f'{k} {v/gib:.1f}' for k, v in m.items() if k != 'total'))
-    if 'estimated_seconds' in r: lines.append(f"time      about {r['estimated_seconds']/60:.0f} min of training at {r['probe_tokens_per_second']} tokens/s (a short probe), evaluation and samples beside it")
+    if (t := r.get('estimated_seconds')) is not None: lines.append(f"time      about {f'{t:.0f} s' if t < 120 else f'{t/60:.0f} min'} of training at {r['probe_tokens_per_second']} tokens/s (a short probe), evaluation and samples beside it")
     return lines
 
 # %% ../nbs/07_finetune.ipynb #07-022

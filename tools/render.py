@@ -111,7 +111,7 @@ def readme():
 def site(folder):
     folder, s = Path(folder), settings()
     shutil.copytree(root/'nbs'/'images', folder/'images', dirs_exist_ok=True)
-    for name in ('CONTRIBUTING.md', 'SECURITY.md', 'CHANGELOG.md'): shutil.copy(root/name, folder/name)
+    for name in ('CONTRIBUTING.md', 'SECURITY.md', 'CHANGELOG.md', 'tools/site.css'): shutil.copy(root/name, folder)
     (folder/'api.md').write_text(api(), encoding='utf-8')
     for p in notebooks:
         text, pictures = markdown(p)
