@@ -69,7 +69,7 @@ def plot_packing(
     ax.set(xlabel='tokens', ylabel='row'); ax.invert_yaxis()
     return ax
 
-# %% ../nbs/02_packing.ipynb #02-035
+# %% ../nbs/02_packing.ipynb #02-036
 class PackedCollator:
     "Packed rows to a batch: rows stay rows, positions restart in each document, labels are -100 where nothing is to be learnt."
     def __init__(self,
@@ -103,7 +103,7 @@ class PackedCollator:
         out = [self.row(r, width + -width % self.multiple) for r in rows]
         return {k: torch.stack([o[k] for o in out]) for k in out[0]}
 
-# %% ../nbs/02_packing.ipynb #02-041
+# %% ../nbs/02_packing.ipynb #02-044
 def isolation_error(
     model,  # causal language model
     row,  # packed row: dict with input_ids and seq_lengths
@@ -125,7 +125,7 @@ def isolation_error(
     model.train(training)
     return (packed - alone).abs().max().item()
 
-# %% ../nbs/02_packing.ipynb #02-042
+# %% ../nbs/02_packing.ipynb #02-045
 def leakage(
     model,  # causal language model
     row,  # packed row: dict with input_ids and seq_lengths

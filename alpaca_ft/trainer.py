@@ -78,14 +78,16 @@ def _typed(
 def check_options(
     cfg,  # RunConfig, changed in place: values in their types
 )->None:
-    "Check each option's type and range, and that the micro-batch divides the batch; raises `Refused`."
+    "Check each option's type and range, and that processes and micro-batch divide the batch; raises `Refused`."
     for f in fields(cfg):
         v = _typed(f.name, getattr(cfg, f.name), f.type, f.default is None)
         setattr(cfg, f.name, v)
         if f.name in CHOICES and v not in CHOICES[f.name]: raise Refused(f"{f.name} is {v!r}; use {' or '.join(CHOICES[f.name])}")
         if v is not None and f.name in LEAST and v < LEAST[f.name]: raise Refused(f'{f.name} is {v}; give at least {LEAST[f.name]}')
     if cfg.warmup > 1: raise Refused(f'warmup is {cfg.warmup}; it is a part of the steps, so give 0 to 1')
-    if cfg.batch_size % cfg.micro_batch_size: raise Refused(f'batch_size {cfg.batch_size} is not a multiple of micro_batch_size {cfg.micro_batch_size}; change one of them')
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if cfg.batch_size % (cfg.micro_batch_size*world):
+        raise Refused(f'batch_size {cfg.batch_size} is not a multiple of micro_batch_size {cfg.micro_batch_size}' + f' x {world} processes'*(world > 1) + '; change one of them')
 
 # %% ../nbs/06_trainer.ipynb #06-016
 PRESETS = dict(
@@ -152,7 +154,6 @@ def sft_config(
     import torch
     from trl import SFTConfig
     p, world = plan(n_rows, cfg), int(os.environ.get('WORLD_SIZE', 1))
-    if cfg.batch_size % (cfg.micro_batch_size*world): raise Refused(f'batch_size {cfg.batch_size} is not a multiple of micro_batch_size {cfg.micro_batch_size} x {world} processes')
     return SFTConfig(
         output_dir=str(out), packing=False, max_length=None, dataset_kwargs=dict(skip_prepare_dataset=True), remove_unused_columns=False,
         per_device_train_batch_size=cfg.micro_batch_size, per_device_eval_batch_size=cfg.micro_batch_size,

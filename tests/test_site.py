@@ -59,6 +59,14 @@ def test_links(site):
     assert seen > 500
 
 
+def test_nav(site):
+    "Every page is in the navigation, and the solutions follow the last chapter."
+    text = (root/'zensical.toml').read_text(encoding='utf-8')
+    nav = re.findall(r'^  "(\w+)\.md"', text, re.M)
+    assert set(nav) == {p.stem for p in site.glob('*.html')} - {'404'}
+    assert nav[nav.index(chapters[-1]) + 1] == 'solutions' and nav[1:1+len(chapters)] == chapters
+
+
 def test_api(site):
     "Every exported name is on the API page, with a link to the line that defines it and a line on each parameter."
     from importlib import import_module

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Render notebooks to Markdown: README.md from nbs/index.ipynb, and the pages of the site.
 
-nbdev renders with Quarto, which is no PyPI package; this does the same with nbconvert. Cells marked `#| hide` are left out,
+nbdev renders with Quarto, a program of its own; this does the same with nbconvert, an ordinary dependency. Cells marked `#| hide` are left out,
 directive lines are stripped, and behind exported functions stand links to their source and to their entry on the API page, whose tables are made
 from the comments in the signatures.
 
 usage: render.py readme | render.py site FOLDER
 """
-import configparser, importlib, inspect, re, shutil, sys
+import configparser, html, importlib, inspect, re, shutil, sys
 from pathlib import Path
 
 import nbformat
@@ -30,11 +30,17 @@ def table(obj):
     sig = signature_of(obj)
     if sig is None: return ''
     said = docments(obj.__init__ if isinstance(obj, type) and not hasattr(obj, '__dataclass_fields__') else obj)
-    show = lambda x: '' if x is inspect.Parameter.empty else f"`{getattr(x, '__name__', x) if not isinstance(x, str) else repr(x)}`".replace('|', '\\|')
+    show = lambda x: '' if x is inspect.Parameter.empty else f"<code>{html.escape(str(getattr(x, '__name__', x) if not isinstance(x, str) else repr(x))).replace('|', '&#124;')}</code>"
     clean = lambda x: str(x or '').replace('|', '\\|').replace('\n', ' ')
     rows = [f'| `{k}` | {show(p.annotation)} | {show(p.default)} | {clean(said.get(k))} |' for k, p in sig.parameters.items() if k != 'self']
     if said.get('return'): rows.append(f"| returns | {show(sig.return_annotation)} | | {clean(said['return'])} |")
     return '\n'.join(['| | type | default | |', '|---|---|---|---|', *rows]) if rows else ''
+
+
+def constant(name, module):
+    "What a constant is: the comment behind its value."
+    m = re.search(rf'^{name} ?=(?:.|\n)*?  # (.+)$', Path(module.__file__).read_text(encoding='utf-8'), re.M)
+    return f'A constant: {m[1]}.' if m else 'A constant.'
 
 
 def source(obj, module):
@@ -55,12 +61,21 @@ def api():
         out += [f'## alpaca_ft.{module}', f'{m.__doc__} [The chapter]({p.stem}.md)']
         for name in m.__all__:
             obj = getattr(m, name)
-            what = (obj.__doc__ or '') if callable(obj) else 'A constant.'
+            what = (obj.__doc__ or '') if callable(obj) else constant(name, m)
             out += [f'### {name}', ' '.join(what.split()), table(obj) if callable(obj) else '', f'[source]({source(obj, module)})']
     return '\n\n'.join(x for x in out if x) + '\n'
 
 
 def module_of(nb): return next((m[1] for c in nb.cells if (m := re.search(r'#\| ?default_exp (\w+)', c.source))), None)
+
+
+def joined(outputs):
+    "Outputs, with what was printed in several goes as one."
+    out = []
+    for o in outputs:
+        if out and o.output_type == out[-1].output_type == 'stream' and o.name == out[-1].name: out[-1].text += o.text
+        else: out.append(o)
+    return out
 
 
 def cells(nb, api):
@@ -71,13 +86,14 @@ def cells(nb, api):
         if any(d.split()[0] in ('hide', 'default_exp') for d in directives): continue
         if c.cell_type == 'code':
             c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+            c.outputs = joined(c.outputs)
             for o in c.outputs:
                 if 'data' in o: o.data.pop('text/html', None)
         yield c
         if api and 'export' in directives:
             m = importlib.import_module(f'alpaca_ft.{module}')
             names = [n for n in re.findall(r'^(?:def|class) ([A-Za-z]\w*)', c.source, re.M) if n in m.__all__]
-            if names: yield nbformat.v4.new_markdown_cell('Source: ' + ', '.join(f'[{n}]({source(getattr(m, n), module)})' for n in names) + '; parameters: ' + ', '.join(f'[{n}](api.md#{n.lower()})' for n in names) + '.')
+            if names: yield nbformat.v4.new_markdown_cell('; '.join(f'`{n}`: [source]({source(getattr(m, n), module)}), [parameters](api.md#{n.lower()})' for n in names))
 
 
 def markdown(path, api=True):
