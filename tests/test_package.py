@@ -74,6 +74,28 @@ def test_notebook(path):
             assert not re.search(r'/(root|home|tmp|work)/', json.dumps(o)), f'{path.name}: a path of the machine in an output'
 
 
+def test_constraints():
+    "Every pinned version that is installed here installs on the oldest Python that is promised, and everything installed for the package is pinned."
+    from configparser import ConfigParser
+    from importlib.metadata import distribution
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+    from packaging.utils import canonicalize_name as canon
+    c = ConfigParser(); c.read(root/'settings.ini'); oldest = c['DEFAULT']['min_python'] + '.0'
+    pins = dict((canon(n), v) for n, v in (l.split('==') for l in (root/'constraints.txt').read_text().splitlines() if '==' in l))
+    todo, seen = [Requirement(r) for k in ('requirements', 'dev_requirements') for r in c['DEFAULT'][k].split()], set()
+    while todo:
+        r = todo.pop()
+        if (name := canon(r.name)) in seen or r.marker and not any(r.marker.evaluate({'extra': e}) for e in (r.extras or {''})): continue
+        seen.add(name)
+        try: d = distribution(name)
+        except Exception: continue  # not needed here
+        assert name in pins, f'{name} {d.version} is not in constraints.txt'
+        if d.version.split('+')[0] == pins[name]: assert SpecifierSet(d.metadata.get('Requires-Python') or '').contains(oldest), f"{name} {d.version} needs Python {d.metadata['Requires-Python']}"
+        todo += [Requirement(x) for x in d.requires or ()]
+    assert len(seen) > 100
+
+
 def test_chapter_numbers():
     numbers = [int(p.stem[:2]) for p in notebooks if p.stem not in ('index', 'solutions')]
     assert numbers == list(range(len(numbers)))
