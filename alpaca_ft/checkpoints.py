@@ -258,7 +258,7 @@ class Checkpoints(Plugin):
     def on_signal(self, number, frame):  # the first signal is remembered, the second one does what it would have done
         if self.signal: self.restore(); os.kill(os.getpid(), number); return
         self.signal = signal.Signals(number).name
-        os.write(2, f'\n{self.signal}: the step is finished and a checkpoint saved; once more to stop at once\n'.encode())
+        os.write(2, f'\n{self.signal}: finishing this step and saving a checkpoint; send it once more to stop at once\n'.encode())
 
     def restore(self):
         for s in list(self.old): signal.signal(s, self.old.pop(s))

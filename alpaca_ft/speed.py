@@ -166,6 +166,9 @@ class Speed(Plugin):
         from alpaca_ft.trainer import run_collator
         head = run.model.get_output_embeddings()
         if run.model.device.type != 'cpu' or getattr(head, 'bias', None) is not None: return
+        text = run.model.config.get_text_config()
+        if window := min((w for k in ('sliding_window', 'attention_chunk_size') if (w := getattr(text, k, None)) and w < run.cfg.seq_len), default=None):
+            self.says = f'speed: the plain step is used, attention reaches {window} tokens back'; return
         row, n = run.train[0], min(len(run.train[0]['input_ids']), 192)
         piece = dict(input_ids=row['input_ids'][:n], completion_mask=row['completion_mask'][:n], seq_lengths=[n//3, n - n//3])
         bf16 = any(p.dtype == torch.bfloat16 for p in run.model.parameters())
