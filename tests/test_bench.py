@@ -38,7 +38,7 @@ def test_quoted():
     text = (root/'README.md').read_text(encoding='utf-8')
     d = json.loads((root/re.search(r'\]\((benchmarks/results/[\w-]+\.json)\)', text)[1]).read_text())
     who = {c['who']: c for c in d['contenders'] if c['workload'] == 'demo'}
-    ratio = {l['line']: f"{l['value']:.3g}x ({l['low']:.3g}-{l['high']:.3g})" for l in d['lines'] if 'low' in l}
+    ratio = {l['line']: f"{l['value']:.2f}x ({l['low']:.2f}-{l['high']:.2f})" for l in d['lines'] if 'low' in l}
     names = {'alpaca_ft, first epoch': ('alpaca_ft', None), 'alpaca_ft, prefix cache': ('alpaca_ft-cached', None), 'LLaMA-Factory 0.9.5': ('llama-factory', 'LLaMA-Factory neat_packing'),
              'a bare PyTorch loop': ('floor', 'the bare loop'), 'TRL 1.16, activation checkpointing off': ('trl-nockpt', 'TRL without checkpointing'), 'TRL 1.16, as': ('trl-doc', 'TRL as documented')}
     for name, (c, peer) in names.items():
