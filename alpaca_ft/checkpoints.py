@@ -32,7 +32,7 @@ def write_checkpoint(
     folder:Path,  # appears complete or not at all
     write,  # function that writes files into the folder it is given
 )->None:
-    "Write files beside their place, sync them, list them with size and checksum, and rename."
+    "Write files beside their place, list them with size and checksum, sync them, and rename."
     part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
     try:

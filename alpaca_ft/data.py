@@ -58,7 +58,7 @@ def _row(path, i, line):
 def iter_rows(
     path,  # a `.json`, `.jsonl`, `.ndjson` or `.parquet` file
 ):  # (row number from 1, row), one at a time
-    "Read a file row by row, in memory that does not grow with it; refused where it cannot be read as what its name says."
+    "Read a file row by row, in memory that does not grow with it (a JSON list is read whole); refused where it cannot be read as what its name says."
     path = Path(path)
     if path.suffix == '.parquet':
         import pyarrow.parquet as pq
