@@ -165,7 +165,7 @@ class Checkpointing:
 
 # %% ../nbs/08_checkpoints.ipynb #08-022
 class Watching(Checkpointing):
-    "And a stop between two steps, and what diverged."
+    "`Checkpointing`, with a stop between two steps and a look at what diverged."
     def get_batch_samples(self, *args, **kw):
         if self.plugin.signal:
             n = self.state.global_step

@@ -79,7 +79,9 @@ def torchs_own(w):
     "PyTorch's chunked `linear_cross_entropy` for head and loss, against the function of the package."
     import torch.nn.functional as F
     if not hasattr(torch.nn, 'LinearCrossEntropyOptions'): return dict(why='no chunked linear_cross_entropy in this PyTorch')
-    made = [(head.detach(), targets) for b in w.batches for t in [tail(w.model, 24)] for head, targets in [w.hidden(t, b)] if not t._hook.remove()]
+    t = tail(w.model, 24)
+    made = [(h.detach(), targets) for h, targets in (w.hidden(t, b) for b in w.batches)]
+    t._hook.remove()
     weight, losses = w.model.lm_head.weight, {}
     def run(name, loss):
         def f(x):

@@ -83,16 +83,18 @@ def test_constraints():
     from packaging.utils import canonicalize_name as canon
     c = ConfigParser(); c.read(root/'settings.ini'); oldest = c['DEFAULT']['min_python'] + '.0'
     pins = dict((canon(n), v) for n, v in (l.split('==') for l in (root/'constraints.txt').read_text().splitlines() if '==' in l))
-    todo, seen = [Requirement(r) for k in ('requirements', 'dev_requirements') for r in c['DEFAULT'][k].split()], set()
+    todo = [(Requirement(r), {''}) for k in ('requirements', 'dev_requirements') for r in c['DEFAULT'][k].split()]
+    seen = set()
     while todo:
-        r = todo.pop()
-        if (name := canon(r.name)) in seen or r.marker and not any(r.marker.evaluate({'extra': e}) for e in (r.extras or {''})): continue
-        seen.add(name)
-        try: d = distribution(name)
-        except Exception: continue  # not needed here
+        r, extras = todo.pop()  # and the extras that were asked for of the package that requires it
+        if r.marker and not any(r.marker.evaluate({'extra': e}) for e in extras): continue
+        name, key = canon(r.name), (canon(r.name), *sorted(r.extras))
+        if key in seen: continue
+        seen.add(key)
+        d = distribution(name)
         assert name in pins, f'{name} {d.version} is not in constraints.txt'
         if d.version.split('+')[0] == pins[name]: assert SpecifierSet(d.metadata.get('Requires-Python') or '').contains(oldest), f"{name} {d.version} needs Python {d.metadata['Requires-Python']}"
-        todo += [Requirement(x) for x in d.requires or ()]
+        todo += [(Requirement(x), {'', *r.extras}) for x in d.requires or ()]
     assert len(seen) > 100
 
 

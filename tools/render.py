@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted(p for p in (root/'nbs').glob('*.ipynb'))
@@ -69,15 +70,6 @@ def api():
 def module_of(nb): return next((m[1] for c in nb.cells if (m := re.search(r'#\| ?default_exp (\w+)', c.source))), None)
 
 
-def joined(outputs):
-    "Outputs, with what was printed in several goes as one."
-    out = []
-    for o in outputs:
-        if out and o.output_type == out[-1].output_type == 'stream' and o.name == out[-1].name: out[-1].text += o.text
-        else: out.append(o)
-    return out
-
-
 def cells(nb, api):
     "The notebook's cells as a reader of the site sees them."
     module = module_of(nb)
@@ -86,7 +78,6 @@ def cells(nb, api):
         if any(d.split()[0] in ('hide', 'default_exp') for d in directives): continue
         if c.cell_type == 'code':
             c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
-            c.outputs = joined(c.outputs)
             for o in c.outputs:
                 if 'data' in o: o.data.pop('text/html', None)
         yield c
@@ -100,6 +91,7 @@ def markdown(path, api=True):
     "Markdown of a notebook, and its pictures as {name: bytes}."
     nb = nbformat.read(path, 4)
     nb.cells = list(cells(nb, api))
+    nb, _ = CoalesceStreamsPreprocessor(enabled=True)(nb, {})
     nb.metadata.language_info = dict(name='python')
     text, resources = MarkdownExporter().from_notebook_node(nb, dict(unique_key=f'{path.stem}_files/{path.stem}'))
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources.get('outputs', {})
