@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup dev train test faults lab bench docs render clean
+.PHONY: setup dev train test matrix faults lab bench docs render clean
 
 .venv/run: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,6 +26,9 @@ test: dev
 	$(BIN)/python -c "from alpaca_ft.model import demo_model; demo_model()"
 	cd nbs && OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest
+
+matrix: dev
+	$(BIN)/python tests/matrix.py --workers 2 $(MATRIX)
 
 faults: dev
 	$(BIN)/python tests/faults.py 50

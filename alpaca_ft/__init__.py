@@ -1,21 +1,27 @@
 __version__ = "0.1.0"
 
-# What a user needs can be imported from here; the module is loaded at the first use, so that `import alpaca_ft` is quick.
+# What a user needs can be imported from here; a module is loaded at the first use, so `import alpaca_ft` is quick.
 _modules = dict(
-    data='Refused load_alpaca split_alpaca shared_rows read_rows iter_rows row_problem clean_rows write_jsonl fetch_artifact cache_dir',
-    prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize alpaca_chat_template',
+    data='Refused load_alpaca split_alpaca shared_rows read_rows iter_rows row_problem clean_rows write_jsonl '
+         'fetch_artifact cache_dir',
+    files='append_jsonl read_jsonl read_run',
+    options='RunConfig read_config plan PRESETS',
+    prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize prompt_ids '
+            'alpaca_chat_template',
     packing='pack truncate plot_packing PackedCollator isolation_error leakage',
-    model='demo_model load_model load_tokenizer freeze untie decoder_layers param_count compute_dtype autocast checkpoint_trained memory_estimate model_shape save_model',
-    sampling='generate generate_all generation_config LLMSampleCB fit_prompt printable append_jsonl as_found before_after',
-    trainer='RunConfig read_config sft_config make_trainer plan token_losses Diverged',
-    run='train check prepare preflight Run Plugin',
-    checkpoints='Checkpoints checkpoints damage last_complete resume_command',
-    faults='Faults Failed memory_advice out_of_memory',
-    speed='Speed isolated document_attention linear_loss',
-    prefix='PrefixCache prefix_states tail',
-    tracking='Tracking wandb_mode',
-    report='Report write_report read_run visible',
+    model='demo_model load_model load_tokenizer freeze untie decoder_layers param_count compute_dtype autocast settle '
+          'checkpoint_trained share cut_layers Trunk Tail memory_estimate model_shape save_model',
+    manifest='Manifest compare_manifests',
+    sampling='generate generate_all generation_config LLMSampleCB fit_prompt printable visible as_found before_after',
+    trainer='sft_config make_trainer token_losses PackedLoss PackedSFTTrainer Diverged quiet',
     evaluate='evaluate find_model interval judge repetition',
+    prefix='States WholeModel drops_out',
+    speed='Step choose_step document_attention linear_loss',
+    checkpoints='Checkpoints checkpoints damage last_complete resume_command Failed Stopped memory_advice '
+                'out_of_memory',
+    tracking='Tracker wandb_mode',
+    report='ReportCB write_report',
+    run='train check prepare preflight Run',
     use='sample chat export model_card',
 )
 _where = {name: module for module, names in _modules.items() for name in names.split()}

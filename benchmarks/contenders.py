@@ -134,27 +134,27 @@ def llama_factory(s, probe):
 def alpaca_ft(s, probe, cached=False):
     "This package: a whole run as the command does it, short of evaluation, samples and saving."
     from transformers import TrainerCallback
-    from alpaca_ft.run import Plugin, load_plugins, train
-    from alpaca_ft.trainer import RunConfig
+    from alpaca_ft.options import RunConfig
+    from alpaca_ft.run import train
+    from alpaca_ft.trainer import PackedSFTTrainer
+    own_step = PackedSFTTrainer.training_step
 
-    class Count:
-        "Laid over the trainer: count tokens where its batches say how many they hold."
-        def training_step(self, model, inputs, *args, **kw):
-            probe.tokens = probe.tokens + inputs['n_tokens'].sum()
-            return super().training_step(model, inputs, *args, **kw)
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        "Count tokens where the trainer's batches say how many they hold."
+        probe.tokens = probe.tokens + inputs['n_tokens']
+        return own_step(self, model, inputs, num_items_in_batch=num_items_in_batch)
 
     class NoEvaluation(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kw): args.eval_on_start = False
+        def on_train_begin(self, args, state, control, **kw):
+            args.eval_on_start = False
+            probe.watch()
+            probe.watch_trainer()
 
-    class Watch(Plugin):
-        mixins = (Count,)
-        def callbacks(self, run):
-            probe.watch(); probe.watch_trainer()
-            return [NoEvaluation()]
-
-    train(RunConfig(model=s.model, data=s.rows, eval_data=s.eval_rows, out=s.out, n_freeze=s.n_freeze, seq_len=s.seq_len, batch_size=s.batch_size,
-                    epochs=2 if cached else 1, max_steps=s.planned, lr=s.lr, n_samples=0, eval_every=10**6, seed=s.seed,
-                    dtype=dict(bfloat16='bf16', float32='fp32')[s.dtype], prefix_cache='memory' if cached else 'off'), [Watch(), *load_plugins()])
+    PackedSFTTrainer.training_step = training_step
+    train(RunConfig(model=s.model, data=s.rows, eval_data=s.eval_rows, out=s.out, n_freeze=s.n_freeze, seq_len=s.seq_len,
+                    batch_size=s.batch_size, max_steps=s.planned, lr=s.lr, n_samples=0,
+                    eval_every=10**6, seed=s.seed, dtype=dict(bfloat16='bf16', float32='fp32')[s.dtype],
+                    prefix_cache='memory' if cached else 'off'), [NoEvaluation()])
 
 
 CONTENDERS = {

@@ -123,7 +123,8 @@ def run(out, at=None, resume=False, moments=None):
 
 def end(out):
     "What has to be the same: metrics but for the speed, samples, the model's files, the checkpoints' tensors; and what must not be there."
-    from alpaca_ft.checkpoints import _sha256, checkpoints, damage
+    from alpaca_ft.checkpoints import checkpoints, damage
+    from alpaca_ft.files import sha256 as _sha256
     out = Path(out)
     lines = [json.loads(l) for l in (out/'metrics.jsonl').read_text().splitlines()]
     return dict(metrics=json.dumps([{k: v for k, v in l.items() if k != 'tokens_per_second'} for l in lines]), samples=(out/'samples.jsonl').read_text(),
@@ -164,7 +165,7 @@ def choose(seen, n):
 
 
 def main(kills=50, workers=2):
-    import torch, trl, datasets, yaml, alpaca_ft.cli, alpaca_ft.checkpoints, alpaca_ft.sampling, alpaca_ft.tracking  # noqa: once, for all children
+    import torch, trl, datasets, yaml, alpaca_ft.cli, alpaca_ft.run  # noqa: once, for all children
     torch.set_num_threads(1)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     t, home = time.time(), os.getcwd()

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from alpaca_ft import RunConfig
-from alpaca_ft.checkpoints import Checkpoints, checkpoints, damage
-from alpaca_ft.faults import Failed
+from alpaca_ft.checkpoints import Checkpoints, Failed, checkpoints, damage
 
 here_ = Path(__file__).parent
 OPTIONS = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 2, '--n-samples', 0, '--dtype', 'fp32']
@@ -47,15 +46,17 @@ def trained(here, tiny, rows, **kw):
     return train(RunConfig(**dict(model=str(tiny), data=str(rows), out=str(here/'run'), n_freeze=2, seq_len=256, batch_size=2, n_samples=0, dtype='fp32') | kw))
 
 
-def test_second_signal_stops_at_once():
-    p = Checkpoints(); p.old = {}
-    seen = []
+def test_second_signal_stops_at_once(tmp_path):
+    saver, seen = Checkpoints(tmp_path, RunConfig()), []
     old = signal.signal(signal.SIGTERM, lambda *a: seen.append(a[0]))
     try:
-        p.old = {signal.SIGTERM: signal.signal(signal.SIGTERM, p.on_signal)}
-        os.kill(os.getpid(), signal.SIGTERM); assert p.signal == 'SIGTERM' and not seen
-        os.kill(os.getpid(), signal.SIGTERM); assert seen == [signal.SIGTERM]
-    finally: signal.signal(signal.SIGTERM, old)
+        with saver.watch_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert saver.signal == 'SIGTERM' and not seen
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def test_keep(here, tiny, rows):
@@ -96,18 +97,24 @@ def test_full_disk_keeps_the_older(here, tiny, rows, monkeypatch):
 def test_diverged_names_the_batch(here, tiny, rows):
     "A weight becomes infinite after step 3; step 4 stops, names its rows, and the checkpoint of step 2 is sound."
     from transformers import TrainerCallback
-    from alpaca_ft import Plugin, Diverged, train
+    from alpaca_ft import Diverged, train
+
     class Break(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader=None, **kw):
+            self.n = len(train_dataloader.dataset)
+
         def on_step_begin(self, args, state, control, model=None, **kw):
-            if state.global_step == 3: model.lm_head.weight.data[0] = float('inf')
-    class Extra(Plugin):
-        def callbacks(self, run): self.seen = run; return [Break()]
-    extra, batches = Extra(), []
+            if state.global_step == 3:
+                model.tail.head.weight.data[0] = float('inf')
+
+    broken = Break()
     with pytest.raises(Diverged) as e:
-        train(RunConfig(model=str(tiny), data=str(rows), out='run', n_freeze=2, seq_len=256, batch_size=2, n_samples=0, save_every=2, dtype='fp32', epochs=2), [Checkpoints(), extra])
+        train(RunConfig(model=str(tiny), data=str(rows), out='run', n_freeze=2, seq_len=256, batch_size=2, n_samples=0,
+                        save_every=2, dtype='fp32', epochs=2), [broken])
     named = [int(n) for n in re.search(r'packed rows ([\d, ]+);', str(e.value))[1].split(', ')]
-    order = list(torch.randperm(len(extra.seen.train), generator=torch.Generator().manual_seed(42)))
-    assert named == [int(i) for i in order[6:8]] and 'step 4' in str(e.value) and 'the last checkpoint is run/checkpoints/step-2' in str(e.value)
+    order = list(torch.randperm(broken.n, generator=torch.Generator().manual_seed(42)))
+    assert named == [int(i) for i in order[6:8]] and 'step 4' in str(e.value)
+    assert 'the last checkpoint is run/checkpoints/step-2' in str(e.value)
     assert damage(Path('run/checkpoints/step-2')) is None
     losses = [json.loads(l)['loss'] for l in Path('run/metrics.jsonl').read_text().splitlines() if '"loss"' in l]
     assert len(losses) == 3 and all(losses)

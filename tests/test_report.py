@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from alpaca_ft import RunConfig, train
-from alpaca_ft.report import Report, differing, read_run, sample_cards, series, write_report
+from alpaca_ft.files import read_run
+from alpaca_ft.report import differing, sample_cards, series, write_report
 
 NASTY = '<script>document.title = "pwned"</script><img src=x onerror="document.title=1"> \x1b]0;t\x07 \u202e'
 
@@ -14,8 +15,8 @@ NASTY = '<script>document.title = "pwned"</script><img src=x onerror="document.t
 def runs(tiny, rows, tmp_path_factory):
     out = tmp_path_factory.mktemp('seen')
     common = dict(model=str(tiny), data=str(rows), n_freeze=2, seq_len=256, n_samples=3, max_new_tokens=8, dtype='fp32', max_steps=6)
-    a = train(RunConfig(out=str(out/'one $x$ <b>'), **common), [Report()]).out
-    b = train(RunConfig(out=str(out/'two'), **common | dict(loss_on='response', lr=1e-3)), [Report()]).out
+    a = train(RunConfig(out=str(out/'one $x$ <b>'), **common)).out
+    b = train(RunConfig(out=str(out/'two'), **common | dict(loss_on='response', lr=1e-3))).out
     first = json.loads((b/'samples.jsonl').read_text().splitlines()[0])
     with open(b/'samples.jsonl', 'a') as f: f.write(json.dumps(first | dict(step=6, generation=NASTY)) + '\n')
     return a, b

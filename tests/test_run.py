@@ -44,7 +44,7 @@ def test_saved_model(done):
 def test_config(done):
     import yaml
     cfg = yaml.safe_load((done.out/'config.yaml').read_text())
-    assert cfg['n_freeze'] == 2 and cfg['versions']['trl'] and len(cfg['fingerprints']['model']) == 16
+    assert cfg['n_freeze'] == 2 and cfg['versions']['trl'] and len(cfg['manifest']['weights']) == 16
     assert json.loads((done.out/'preflight.json').read_text())['isolated'] is True
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from alpaca_ft import Refused, RunConfig, load_alpaca, train
-from alpaca_ft.tracking import Tracking, split
+from alpaca_ft.tracking import split
 
 sys.path.insert(0, os.path.dirname(__file__))
 from wandb_loopback import Server  # noqa: E402
@@ -30,7 +30,7 @@ def records(folder):
 
 
 def tiny_run(tiny, rows, out, **kw):
-    return train(RunConfig(**(dict(model=str(tiny), data=str(rows), out=str(out), n_freeze=2, seq_len=256, n_samples=2, max_new_tokens=4, max_steps=4, eval_every=2, dtype='fp32') | kw)), [Tracking()])
+    return train(RunConfig(**(dict(model=str(tiny), data=str(rows), out=str(out), n_freeze=2, seq_len=256, n_samples=2, max_new_tokens=4, max_steps=4, eval_every=2, dtype='fp32') | kw)))
 
 
 def test_wandb_offline(tiny, rows, tmp_path):

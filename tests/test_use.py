@@ -206,7 +206,7 @@ def test_chat_keeps_bos(tiny, tokenizer, tmp_path, monkeypatch, capsys):
     def generate(x, **kw): asked.append(x[0].tolist()); return real(x, **kw)
     model.generate = generate
     lines = iter(['Name a tree. ' * 25, 'Name a bird. ' * 25, 'Name a fish. ' * 25, '/quit'])
-    monkeypatch.setattr('builtins.input', lambda _: next(lines)); monkeypatch.setattr(use, 'load_both', lambda *_: (model, tok, {}))
+    monkeypatch.setattr('builtins.input', lambda _: next(lines)); monkeypatch.setattr(use, 'load_both', lambda *_, **kw: (model, tok, {}))
     use.chat('any', 8)
     assert 'forgotten' in capsys.readouterr().out and len(asked) == 3
     assert [(a[0], a.count(0)) for a in asked] == [(0, 1)]*3

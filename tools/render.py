@@ -3,7 +3,8 @@
 
 nbdev renders with Quarto, a program of its own; this does the same with nbconvert, an ordinary dependency. Cells marked `#| hide` are left out,
 directive lines are stripped, and behind exported functions stand links to their source and to their entry on the API page, whose tables are made
-from the comments in the signatures.
+from the comments in the signatures and the help of the options. Notebooks are taken in the order of their names: chapters by number, then the
+appendix (a1, a2, ...).
 
 usage: render.py readme | render.py site FOLDER
 """
@@ -15,7 +16,7 @@ from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 root = Path(__file__).resolve().parent.parent
-notebooks = sorted(p for p in (root/'nbs').glob('*.ipynb'))
+notebooks = sorted((root/'nbs').glob('*.ipynb'))
 
 
 def signature_of(obj):
@@ -25,15 +26,33 @@ def signature_of(obj):
     except (TypeError, ValueError): return None
 
 
-def table(obj):
-    "The parameters of a function or class as a Markdown table, from the comments in its signature; empty where there are none."
+def descriptions(obj):
+    "What is said of each parameter: the comments in the signature, or the help of an option."
     from fastcore.docments import docments
+    fields = getattr(obj, '__dataclass_fields__', {})
+    said = docments(obj.__init__ if isinstance(obj, type) and not fields else obj)
+    return said | {k: f.metadata['help'] for k, f in fields.items() if f.metadata.get('help')}
+
+
+def show(x):
+    "A type or a default as code for a table."
+    if x is inspect.Parameter.empty: return ''
+    text = repr(x) if isinstance(x, str) else str(getattr(x, '__name__', x))
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
+
+
+def clean(x):
+    "A text for a cell of a table."
+    return str(x or '').replace('|', '\\|').replace('\n', ' ')
+
+
+def table(obj):
+    "The parameters of a function or class as a Markdown table; empty where there are none."
     sig = signature_of(obj)
     if sig is None: return ''
-    said = docments(obj.__init__ if isinstance(obj, type) and not hasattr(obj, '__dataclass_fields__') else obj)
-    show = lambda x: '' if x is inspect.Parameter.empty else f"<code>{html.escape(str(getattr(x, '__name__', x) if not isinstance(x, str) else repr(x))).replace('|', '&#124;')}</code>"
-    clean = lambda x: str(x or '').replace('|', '\\|').replace('\n', ' ')
-    rows = [f'| `{k}` | {show(p.annotation)} | {show(p.default)} | {clean(said.get(k))} |' for k, p in sig.parameters.items() if k != 'self']
+    said, rows = descriptions(obj), []
+    for k, p in sig.parameters.items():
+        if k != 'self': rows.append(f'| `{k}` | {show(p.annotation)} | {show(p.default)} | {clean(said.get(k))} |')
     if said.get('return'): rows.append(f"| returns | {show(sig.return_annotation)} | | {clean(said['return'])} |")
     return '\n'.join(['| | type | default | |', '|---|---|---|---|', *rows]) if rows else ''
 

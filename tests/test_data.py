@@ -1,0 +1,242 @@
+"Folders of rows: every file is read, its name tells the split, and nothing is lost without a word."
+import json
+import subprocess
+import sys
+
+import pytest
+
+from alpaca_ft import Refused, load_alpaca, read_rows
+
+DEEP = '[' * 200_000
+
+
+def some(first, n=4):
+    "Different rows."
+    return [dict(instruction=f'Say {i}.', input='', output=f'{i}!') for i in range(first, first + n)]
+
+
+def write(path, rows):
+    "JSON lines, a JSON list or Parquet, as the suffix says."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.parquet':
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == '.json':
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def loaded(source):
+    "Split -> rows."
+    return {split: ds.to_list() for split, ds in load_alpaca(source).items()}
+
+
+def test_the_articles_layout(here):
+    write(here/'a/alpaca_gpt4_train.jsonl', some(0))
+    write(here/'a/alpaca_gpt4_eval.jsonl', some(4))
+    assert loaded('a') == dict(train=some(0), test=some(4))
+
+
+def test_validation_serves_as_test(here, capsys):
+    write(here/'a/train.jsonl', some(0))
+    write(here/'a/validation.jsonl', some(4))
+    assert loaded('a') == dict(train=some(0), test=some(4))
+    assert capsys.readouterr().err == ''
+
+
+def test_validation_beside_test_is_named(here, capsys):
+    write(here/'a/train.jsonl', some(0))
+    write(here/'a/test.jsonl', some(4))
+    write(here/'a/dev.jsonl', some(8))
+    assert loaded('a') == dict(train=some(0), test=some(4))
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert len(err.splitlines()) == 1
+    assert 'left out' in err and 'dev.jsonl' in err
+
+
+def test_a_run_evaluates_on_the_validation_rows(here):
+    from alpaca_ft import RunConfig
+    from alpaca_ft.run import load_rows
+    write(here/'a/train.jsonl', some(0))
+    write(here/'a/valid.jsonl', some(4))
+    ds, _ = load_rows(RunConfig(data='a'))
+    assert ds['train'].to_list() == some(0)
+    assert ds['test'].to_list() == some(4)
+
+
+def test_files_of_one_name(here):
+    "train.json beside train.jsonl: both, in sorted order."
+    write(here/'a/train.jsonl', some(0))
+    write(here/'a/train.json', some(4))
+    assert loaded('a') == dict(train=some(4) + some(0))
+
+
+def test_parquet_and_subfolders(here):
+    write(here/'a/train.jsonl', some(0))
+    write(here/'a/train2.parquet', some(4))
+    write(here/'a/sub/more.ndjson', some(8))
+    write(here/'a/sub/sub/eval.parquet', some(12))
+    assert loaded('a') == dict(train=some(8) + some(0) + some(4), test=some(12))
+
+
+def test_a_subfolder_tells_the_split_if_the_file_does_not(here):
+    write(here/'a/train/part1.jsonl', some(0))
+    write(here/'a/test/part1.jsonl', some(4))
+    write(here/'a/test/train.jsonl', some(8))
+    assert loaded('a') == dict(train=some(8) + some(0), test=some(4))
+
+
+def test_no_split_in_the_name(here):
+    "A word counts, not a part of one; the folder's own name does not count."
+    write(here/'test/detest.jsonl', some(0))
+    write(here/'test/latest.jsonl', some(4))
+    assert loaded('test') == dict(train=some(0) + some(4))
+
+
+WORDS = dict(train=['train', 'training'], test=['test', 'testing', 'eval', 'evaluation'],
+             validation=['valid', 'validation', 'val', 'dev'])
+
+
+@pytest.mark.parametrize('split,word', [(split, word) for split in WORDS for word in WORDS[split]])
+def test_words_are_those_of_datasets(split, word, here):
+    import datasets
+    datasets.disable_progress_bars()
+    name = f'my_{word}-2.jsonl'
+    write(here/'a'/name, some(0))
+    theirs = datasets.load_dataset('json', data_dir='a', cache_dir='cache')
+    assert list(theirs) == [split]
+    assert list(loaded('a')) == ['test' if split == 'validation' else split]
+
+
+def test_a_name_of_two_splits(here):
+    write(here/'a/train_test.jsonl', some(0))
+    with pytest.raises(Refused, match='train_test.jsonl: the name says both train and test'):
+        load_alpaca('a')
+
+
+def test_other_files(here):
+    write(here/'a/train.jsonl', some(0))
+    write(here/'a/.cache/train.jsonl', some(4))
+    (here/'a/README.md').write_text('# Rows')
+    (here/'a/.train.json').write_text('{}')
+    (here/'a/notes.txt').write_text('mine')
+    assert loaded('a') == dict(train=some(0))
+
+
+def test_json_that_is_no_rows(here):
+    write(here/'a/train.jsonl', some(0))
+    (here/'a/dataset_infos.json').write_text('{"default": {"splits": {}}}')
+    with pytest.raises(Refused, match='dataset_infos.json: row 1: instruction is missing'):
+        load_alpaca('a')
+
+
+def test_a_bad_row_is_found_in_its_file(here):
+    write(here/'a/train.jsonl', some(0))
+    write(here/'a/sub/train.jsonl', some(4) + [dict(instruction='x')])
+    with pytest.raises(Refused, match='sub/train.jsonl: row 5: output is missing'):
+        load_alpaca('a')
+    bad = []
+    assert len(load_alpaca('a', skip_bad=True, bad=bad)['train']) == 8
+    assert bad == ['a/sub/train.jsonl: row 5: output is missing']
+
+
+def test_no_copy_of_a_folder(here, monkeypatch):
+    "Rows go straight into the table: no temporary folder, and no cache."
+    import tempfile
+    write(here/'a/train.jsonl', some(0))
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(here/'cache'))
+    monkeypatch.setattr(tempfile, 'tempdir', str(here/'no such folder'))
+    assert loaded('a') == dict(train=some(0))
+    assert sorted(path.name for path in here.rglob('*')) == ['a', 'train.jsonl']
+
+
+def test_an_unreadable_subfolder(here, monkeypatch):
+    import os
+    write(here/'a/train.jsonl', some(0))
+    (here/'a/shut').mkdir()
+    scandir = os.scandir
+
+    def shut(path):
+        if str(path).endswith('shut'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', shut)
+    with pytest.raises(Refused, match='a/shut: cannot be read'):
+        load_alpaca('a')
+
+
+@pytest.mark.parametrize('name', ['rows.JSONL', 'rows.Json', 'rows.NDJSON', 'rows.PARQUET'])
+def test_suffixes_in_capitals(name, here):
+    write(here/name.lower(), some(0))
+    (here/name.lower()).rename(here/name)
+    assert loaded(name) == dict(train=some(0))
+    (here/'a').mkdir()
+    (here/name).rename(here/'a'/name)
+    assert loaded('a') == dict(train=some(0))
+
+
+@pytest.mark.parametrize('name,text,row', [
+    ('deep.jsonl', json.dumps(some(0)[0]) + '\n{"instruction":' + DEEP, 2),
+    ('deep.json', '{"instruction": "x", "output": ' + DEEP + ']' * 200_000 + '}', 1),
+    ('list.json', json.dumps(some(0))[:-1] + ', ' + DEEP, 5),
+    ('list.json', '[{"instruction": "[{,\\"[", "output": [1, [2]]}, {"a": ' + '{"a":' * 200_000, 2),
+])
+def test_deep_nesting(name, text, row, here):
+    (here/name).write_text(text)
+    with pytest.raises(Refused, match=f'^{name}: row {row} is nested too deeply') as e:
+        load_alpaca(name)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_byte_order_mark(here):
+    "It is no part of the first row, and the byte that is named counts it."
+    (here/'a.jsonl').write_bytes(b'\xef\xbb\xbf' + json.dumps(some(0)[0]).encode())
+    assert read_rows('a.jsonl') == [(1, some(0)[0])]
+    (here/'b.jsonl').write_bytes(b'\xef\xbb\xbf"\xe9"')
+    with pytest.raises(Refused, match='b.jsonl: byte 5 is not UTF-8'):
+        read_rows('b.jsonl')
+
+
+@pytest.mark.parametrize('splits,used,named', [
+    (['train', 'validation'], ['train', 'test'], []),
+    (['train', 'test'], ['train', 'test'], []),
+    (['train', 'validation', 'test'], ['train', 'test'], ['validation']),
+    (['train', 'unsupervised'], ['train'], ['unsupervised']),
+])
+def test_splits_of_the_hub(splits, used, named, monkeypatch, capsys):
+    "The same rule as for folders."
+    import datasets
+    parts = {split: datasets.Dataset.from_list(some(4*i)) for i, split in enumerate(splits)}
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name: datasets.DatasetDict(parts))
+    ds = load_alpaca('someone/rows')
+    assert list(ds) == used
+    if 'test' in used:
+        source = 'test' if 'test' in splits else 'validation'
+        assert ds['test'].to_list() == parts[source].to_list()
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == len(named)
+    assert all(name in err for name in named)
+
+
+def test_an_error_without_words(monkeypatch, here):
+    "A library that raises without a message is quoted by the type of its error."
+    import wandb
+
+    def nothing(**kw):
+        raise AssertionError
+
+    monkeypatch.setattr(wandb, 'Api', nothing)
+    with pytest.raises(Refused, match='not available .AssertionError.'):
+        load_alpaca('me/proj/data:v0')
+
+
+def test_quick_import():
+    "The module itself needs none of the large libraries."
+    code = ("import sys, alpaca_ft.data; "
+            "print([m for m in ('torch', 'datasets', 'pyarrow', 'numpy') if m in sys.modules])")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout == '[]\n', done.stderr

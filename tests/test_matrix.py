@@ -1,0 +1,37 @@
+"""Models and options in pairs: any two choices meet in a run that is held against a plain loop.
+
+`python tests/matrix.py` tries the whole product.
+"""
+import pytest
+
+import matrix
+
+CELLS = [pytest.param(cell, id=cell.id) for cell in matrix.pairs(matrix.FAMILIES)]
+CELLS += [pytest.param(cell, id=cell.id, marks=pytest.mark.slow) for cell in matrix.pairs(matrix.MORE)]
+
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+    "The rows, and every family as a model folder."
+    folder = tmp_path_factory.mktemp('matrix')
+    matrix.warm_up()
+    matrix.make_parts(folder, matrix.FAMILIES | matrix.MORE)
+    return folder
+
+
+@pytest.mark.parametrize('cell', CELLS)
+def test_cell(cell, parts):
+    "The run ends as the oracle says, or is refused as promised."
+    outcome, words, log = matrix.one(parts, cell)
+    assert outcome != 'FAILED', f'{words}\n{log}'
+
+
+def test_all_pairs():
+    "The covering array has each pair of choices, and each family every choice."
+    cells = matrix.pairs(matrix.FAMILIES)
+    choices = dict(family=list(matrix.FAMILIES)) | matrix.OPTIONS
+    for one in choices:
+        for other in choices:
+            met = {(getattr(cell, one), getattr(cell, other)) for cell in cells}
+            if one != other:
+                assert met == {(a, b) for a in choices[one] for b in choices[other]}
