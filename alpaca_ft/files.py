@@ -54,11 +54,12 @@ def read_jsonl(
     if not path.exists():
         return []
     rows = []
-    for i, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise Refused(f'{path}: line {i} is not JSON; remove it') from None
+    with open(path, 'rb') as f:  # by bytes: a line ends at a newline and at nothing else that Unicode calls one
+        for i, line in enumerate(f, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise Refused(f'{path}: line {i} is not JSON; remove it') from None
     return rows
 
 # %% ../nbs/a1_files.ipynb #a1-022
@@ -108,8 +109,8 @@ def file_sums(
     "Checksums of large files, each file hashed once for as long as it stays as it is."
     book = cache_dir()/'sums.json'
     try:
-        known = json.loads(book.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        known = dict(json.loads(book.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):
         known = {}
     sums, new = {}, {}
     for p in sorted(map(Path, paths)):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from .data import Refused
 from .files import file_sums
 from .model import Place, model_folder
 from .options import RunConfig
@@ -138,7 +137,7 @@ class Manifest:
 def make_manifest(
     cfg:RunConfig,  # the options
     place:Place,  # where the run computes
-    model,  # as loaded or frozen
+    model,  # after `freeze`
     tokenizer,  # its tokenizer
     rows:dict,  # Datasets `train` and `test`
     train,  # packed training rows
@@ -196,6 +195,6 @@ def states_name(
 )->str:  # 20 hex digits
     "A name for kept states, that changes with anything they depend on."
     m = manifest
-    parts = [m.model, m.weights, m.packed, m.dtype, m.device, m.processor, m.step, n_freeze,
+    parts = [m.model, m.weights, m.packed, m.dtype, m.device, m.processor, m.threads, m.step, n_freeze,
              {k: m.versions[k] for k in ('torch', 'transformers')}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['any_marked', 'truncate', 'packed_batches', 'pack', 'plot_packing', 'PackedCollator', 'isolation_error', 'leakage']
 
-# %% ../nbs/03_packing.ipynb #02-002
+# %% ../nbs/03_packing.ipynb #03-002
 import os
 from collections import Counter
 from itertools import accumulate, chain
 
 from .data import Refused, spool
 
-# %% ../nbs/03_packing.ipynb #36325e93
+# %% ../nbs/03_packing.ipynb #03-018
 def any_marked(
     masks,  # pyarrow array of lists of 0 and 1
 ):  # numpy array of bool
@@ -27,7 +27,7 @@ def any_marked(
         marked[filled] = np.maximum.reduceat(masks.flatten().to_numpy(), starts) > 0
     return marked
 
-# %% ../nbs/03_packing.ipynb #02-018
+# %% ../nbs/03_packing.ipynb #03-020
 def truncate(
     tok,  # Dataset with input_ids and completion_mask
     seq_len:int,  # tokens in a row
@@ -53,7 +53,7 @@ def truncate(
         out = out.filter(pa.array(keep)).combine_chunks()
     return Dataset(out, fingerprint=os.urandom(8).hex()), report
 
-# %% ../nbs/03_packing.ipynb #dec0b088
+# %% ../nbs/03_packing.ipynb #03-026
 def packed_batches(
     tok,  # Dataset with input_ids and completion_mask
     seq_len:int,  # tokens in a row
@@ -75,7 +75,7 @@ def packed_batches(
         total.update(packed_tokens=packed_tokens, response_tokens=response_tokens, rows=len(table))
         yield from table.to_batches(1000)
 
-# %% ../nbs/03_packing.ipynb #02-022
+# %% ../nbs/03_packing.ipynb #03-027
 def pack(
     tok,  # Dataset with input_ids and completion_mask, see `tokenize`
     seq_len:int=1024,  # tokens in a row
@@ -91,7 +91,7 @@ def pack(
     fill = round(total['packed_tokens']/(len(rows)*seq_len), 4)
     return rows, dict(total) | dict(seq_len=seq_len, fill=fill)
 
-# %% ../nbs/03_packing.ipynb #02-025
+# %% ../nbs/03_packing.ipynb #03-030
 def plot_packing(
     rows,  # packed Dataset with seq_lengths
     n:int=8,  # rows to show
@@ -108,7 +108,7 @@ def plot_packing(
     ax.invert_yaxis()
     return ax
 
-# %% ../nbs/03_packing.ipynb #02-036
+# %% ../nbs/03_packing.ipynb #03-044
 class PackedCollator:
     "Packed rows to a batch: rows stay rows, positions restart in each document, and -100 labels what is not learnt."
     def __init__(self,
@@ -145,7 +145,7 @@ class PackedCollator:
         out = [self.row(r, width + -width % self.multiple) for r in rows]
         return {k: torch.stack([o[k] for o in out]) for k in out[0]}
 
-# %% ../nbs/03_packing.ipynb #02-044
+# %% ../nbs/03_packing.ipynb #03-054
 def isolation_error(
     model,  # causal language model
     row,  # packed row: dict with input_ids and seq_lengths
@@ -170,7 +170,7 @@ def isolation_error(
     model.train(training)
     return (packed - torch.cat(alone)).abs().max().item()
 
-# %% ../nbs/03_packing.ipynb #02-045
+# %% ../nbs/03_packing.ipynb #03-057
 def leakage(
     model,  # causal language model
     row,  # packed row: dict with input_ids and seq_lengths

@@ -179,7 +179,9 @@ class PackedLoss(nn.Module):
         super().__init__()
         self.tail, self.head, self.config = tail, head, tail.config
         # read before TRL, which has its own opinion on it, writes to the config
-        self.router_loss = bool(getattr(tail.config.get_text_config(), 'output_router_logits', False))
+        text = tail.config.get_text_config()
+        self.router_loss = bool(getattr(text, 'output_router_logits', False))
+        self.router_weight = getattr(text, 'router_aux_loss_coef', 0.)
 
     @property
     def device(self):
@@ -207,7 +209,7 @@ class PackedLoss(nn.Module):
             return losses
         loss = losses.sum()/divisor
         if self.router_loss:  # a mean over the micro-batch, as transformers computes it
-            loss = loss + self.config.get_text_config().router_aux_loss_coef*out.aux_loss/micro_batches
+            loss = loss + self.router_weight*out.aux_loss/micro_batches
         return loss
 
 # %% ../nbs/07_trainer.ipynb #07-048

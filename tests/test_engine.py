@@ -544,6 +544,7 @@ def test_routers_have_their_loss(here, rows, tokenizer):
     model.save_pretrained('mixtral')
     tokenizer.save_pretrained('mixtral')
     run = train(run_config('./mixtral', rows, 'run', max_steps=2))
+    assert run.trainer.model.router_loss and run.trainer.model.router_weight == 0.5  # TRL writes 0 to the config
     assert run.report['prefix_cache'] == 'off' and run.step.head is None and len(losses('run')) == 2
 
 
@@ -577,3 +578,11 @@ def test_heads_agree(dtype):
         limit = 1e-5 if dtype == torch.float32 else 1e-2
         assert abs(loss - plain[0]) < limit/5*2
         assert (dx - plain[1]).norm() < limit*plain[1].norm() and (dw - plain[2]).norm() < limit*plain[2].norm()
+
+
+def test_line_separators_in_answers(tmp_path):
+    "Unicode knows more ends of a line than JSON lines do."
+    from alpaca_ft import append_jsonl, read_jsonl
+    rows = [dict(generation='one\u2028two\u2029three\x85four'), dict(generation='next')]
+    append_jsonl(tmp_path/'samples.jsonl', rows)
+    assert read_jsonl(tmp_path/'samples.jsonl') == rows
