@@ -408,7 +408,7 @@ def prepare_shape(
                            'yours follow from your rows')
     return run
 
-# %% ../nbs/16_run.ipynb #16-094
+# %% ../nbs/16_run.ipynb #16-067
 def go_on(
     run,  # Run with manifest and folder; gets resume_from
 )->None:
@@ -436,7 +436,7 @@ def go_on(
     for line in lines:
         print(line, file=sys.stderr)
 
-# %% ../nbs/16_run.ipynb #16-066
+# %% ../nbs/16_run.ipynb #16-068
 def check_disk(
     run,  # Run with report and folder
 )->None:
@@ -450,7 +450,7 @@ def check_disk(
         raise Refused(f'{run.out}: the result takes {gib(need)}, and {gib(free)} are free there; free some space, '
                       'or give another --out')
 
-# %% ../nbs/16_run.ipynb #16-067
+# %% ../nbs/16_run.ipynb #16-069
 def write_start(
     run,  # Run with report and manifest; its folder is made
 )->None:
@@ -459,7 +459,7 @@ def write_start(
     write_whole(run.out/'config.yaml', yaml.safe_dump(about, sort_keys=False, allow_unicode=True))
     write_whole(run.out/'preflight.json', json.dumps(run.report, indent=1, ensure_ascii=False))
 
-# %% ../nbs/16_run.ipynb #16-071
+# %% ../nbs/16_run.ipynb #16-074
 def keep_states(
     run,  # Run after `preflight`; gets its states
 )->None:
@@ -477,7 +477,7 @@ def keep_states(
         run.states = states_on_disk(name, trunk, splits, run.place.device, dtype, width)
     run.train, run.test = with_row_numbers(run.train, run.test)
 
-# %% ../nbs/16_run.ipynb #16-072
+# %% ../nbs/16_run.ipynb #16-075
 def what_trains(
     run,  # Run with model, step and states
 )->PackedLoss:  # from batch to loss
@@ -485,7 +485,7 @@ def what_trains(
     n_freeze = run.cfg.n_freeze if run.states is not None else 0
     return PackedLoss(Tail(run.model, n_freeze, run.step.attention), run.step.head)
 
-# %% ../nbs/16_run.ipynb #16-074
+# %% ../nbs/16_run.ipynb #16-077
 def build_trainer(
     run,  # Run, prepared
     tracker:Tracker,  # that was started
@@ -516,7 +516,7 @@ def build_trainer(
     trainer.saver, trainer.metrics_bar = saver, metrics
     return trainer
 
-# %% ../nbs/16_run.ipynb #16-075
+# %% ../nbs/16_run.ipynb #16-078
 def train_steps(
     run,  # Run with its states
     tracker:Tracker,  # that was started
@@ -528,7 +528,7 @@ def train_steps(
         with run.trainer.saver.watch_signals():
             run.trainer.train()
 
-# %% ../nbs/16_run.ipynb #16-077
+# %% ../nbs/16_run.ipynb #16-080
 def save_result(
     run,  # Run whose training has ended
     tail:Tail,  # that was trained
@@ -550,7 +550,7 @@ def save_result(
         raise Failed(f'{run.out}/model: could not be written ({why}); the trained weights are in {rescue}, '
                      'by their names in the model') from None
 
-# %% ../nbs/16_run.ipynb #16-078
+# %% ../nbs/16_run.ipynb #16-081
 def what_is_left(
     run,  # Run with its folder
 )->str:  # part of a line
@@ -558,7 +558,7 @@ def what_is_left(
     found = checkpoints(run.out)
     return f'the last checkpoint is {found[-1]}' if found else 'no checkpoint was saved'
 
-# %% ../nbs/16_run.ipynb #16-079
+# %% ../nbs/16_run.ipynb #16-082
 def finish(
     run,  # Run, however it ended
 )->None:

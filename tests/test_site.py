@@ -131,7 +131,7 @@ def test_search(served, browser):
         page.goto(f'{served}/index.html'); page.wait_for_load_state('networkidle')
         page.keyboard.press('/')
         page.keyboard.type('contamination', delay=30)
-        page.wait_for_selector('a[href*="02_packing"]:visible', timeout=10_000)
+        page.wait_for_selector('a[href*="03_packing"]:visible', timeout=10_000)
     finally: page.close()
 
 
