@@ -89,6 +89,8 @@ class Moments:
             self.now(f'begin {name}'); self.now(f'half of {name}', half)
             return old_save(tensors, path, *args, **kw)
         safetensors.torch.save_file = transformers.modeling_utils.safe_save_file = save_file
+        import alpaca_ft.checkpoints
+        alpaca_ft.checkpoints.save_file = save_file
         forward, step = LlamaModel.forward, torch.optim.AdamW.step
         def forward_(model, *args, **kw):
             if (self.out/'config.yaml').exists(): self.now('train' if model.training else 'generate' if kw.get('past_key_values') is not None or kw.get('use_cache') else 'evaluate')

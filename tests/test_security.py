@@ -186,4 +186,4 @@ def test_terminal_is_not_obeyed(here, tiny, command):
 
 def test_rows_are_inert_in_names(tracked):
     "A run folder's file names do not come from rows or answers."
-    assert {p.name for p in (tracked['no key'][0]/'run').iterdir()} == {'config.yaml', 'preflight.json', 'metrics.jsonl', 'samples.jsonl', 'checkpoints', 'model', 'report.html', 'wandb'}
+    assert {p.name for p in (tracked['no key'][0]/'run').iterdir()} == {'config.yaml', 'preflight.json', 'metrics.jsonl', 'samples.jsonl', 'checkpoints', 'model', 'report.html', 'wandb-id.txt', 'wandb'}
