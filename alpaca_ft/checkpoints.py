@@ -16,7 +16,6 @@ import random
 import shlex
 import shutil
 import signal
-import sys
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path

@@ -245,7 +245,8 @@ def cut_layers(
     setattr(decoder.get_submodule(parent), attribute, nn.ModuleList(layers[first:last]))
     text = model.config.get_text_config()
     for key, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == len(layers):  # such as layer_types: an entry a layer
+        each_layer = isinstance(value, list) and len(value) == len(layers)  # such as layer_types: an entry a layer
+        if each_layer and not key.endswith('token_id'):
             setattr(text, key, value[first:last])
     text.num_hidden_layers = last - first
 

@@ -116,7 +116,7 @@ def prompt_ids(
 def alpaca_chat_template(
     tokenizer,  # whether it starts every text with BOS decides whether the template does
 )->str:  # Jinja, for `tokenizer.chat_template`
-    "The Alpaca prompts as a chat template; token ids are those of training."
+    "The Alpaca prompts as a chat template; token ids are those of training, where texts hold no special token."
     import json
     before, end = map(json.dumps, prompt_no_input(dict(instruction='\0')).split('\0'))
     before_both, between, _ = map(json.dumps, prompt_input(dict(instruction='\0', input='\0')).split('\0'))

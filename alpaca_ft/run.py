@@ -10,7 +10,6 @@ __all__ = ['LOCK', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'pa
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
-import os
 import shutil
 import sys
 import time
@@ -22,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from .checkpoints import (Checkpoints, Failed, checkpoints, cut_logs, disk_trouble, explained, gib, last_complete,
+from .checkpoints import (Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
                           memory_advice, shorter_log)
 from .checkpoints import Stopped  # importable from here, as ever
 from .data import Refused, shared_rows
@@ -87,8 +86,10 @@ def train(
                 keep_states(run)
                 if cfg.resume:
                     cut_logs(out, run.resume_from)
-                train_steps(run, tracker, callbacks)
-                save_result(run, run.trainer.model.tail)
+                run.trainer = build_trainer(run, tracker, callbacks)
+                with run.trainer.saver.watch_signals():
+                    train_steps(run)
+                    save_result(run, run.trainer.model.tail)
             except Exception as e:
                 raise explained(e, cfg, out, advice, 3*run.report['memory_bytes']['trained']) or e from None
             finally:
@@ -518,15 +519,11 @@ def build_trainer(
 
 # %% ../nbs/16_run.ipynb #16-078
 def train_steps(
-    run,  # Run with its states
-    tracker:Tracker,  # that was started
-    callbacks:list,  # more TrainerCallbacks
+    run,  # Run with its trainer
 )->None:
     "All optimizer steps, from the one on at which the run stands."
-    run.trainer = build_trainer(run, tracker, callbacks)
     if run.trainer.start < run.report['steps']:  # a checkpoint of the last step leaves nothing to train
-        with run.trainer.saver.watch_signals():
-            run.trainer.train()
+        run.trainer.train()
 
 # %% ../nbs/16_run.ipynb #16-080
 def save_result(

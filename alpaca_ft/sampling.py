@@ -199,7 +199,11 @@ class LLMSampleCB(TrainerCallback):
         state,  # TrainerState
     ):
         "Sample, then write, show and log what came out. On every process generation runs; the first one reports."
-        new = self.sample(state.global_step)
+        try:
+            new = self.sample(state.global_step)
+        except OSError as e:  # the model's files are gone: no reason to lose the training
+            print(f'samples of step {state.global_step} are left out ({e})', file=sys.stderr)
+            return
         self.rows += new
         if not new or not state.is_world_process_zero:
             return

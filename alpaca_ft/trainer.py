@@ -19,9 +19,8 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from .data import Refused
 from .files import append_jsonl
-from .model import Tail, autocast, checkpoint_trained
+from .model import Tail, checkpoint_trained
 from .options import RunConfig, plan
 from .packing import PackedCollator
 from .options import CHOICES, PRESETS, check_options, option_help, read_config  # importable from here, as ever

@@ -85,7 +85,7 @@ def test_no_room_for_the_result(here, tiny, rows, monkeypatch):
     assert not Path('run').exists()
 
 
-def test_model_changed_while_it_was_trained(here, tiny, rows):
+def test_model_changed_while_it_was_trained(here, tiny, rows, capfd):
     "The frozen layers come back from the model's files; if these changed, nobody trains on: the weights are kept."
     from transformers import TrainerCallback
     from alpaca_ft import Failed
@@ -96,8 +96,22 @@ def test_model_changed_while_it_was_trained(here, tiny, rows):
                 os.utime('model/model.safetensors', (1, 1))
     copy_model(tiny, 'model')
     with pytest.raises(Failed, match='was changed or removed.*trained weights are in'):
-        train(run_config('./model', rows, 'run', prefix_cache='memory'), [Change()])
-    assert Path('run/trained.safetensors').exists()
+        train(run_config('./model', rows, 'run', prefix_cache='memory', n_samples=1, max_new_tokens=2), [Change()])
+    assert Path('run/trained.safetensors').exists() and len(losses('run')) == 4
+    assert 'samples of step 4 are left out' in capfd.readouterr().err
+
+
+def test_signal_while_the_model_is_saved(here, tiny, rows, monkeypatch):
+    "The training is over and its result is being written: it is written."
+    import alpaca_ft.run
+    save = alpaca_ft.run.save_model
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+    monkeypatch.setattr(alpaca_ft.run, 'save_model', interrupted)
+    run = train(run_config(tiny, rows, 'run'))
+    assert (run.out/'model'/'model.safetensors').exists()
 
 
 # two runs
@@ -575,8 +589,8 @@ def test_heads_agree(dtype):
     plain = measured(lambda x, w, t, scale: cross_entropy(x.float() @ w.T, t))
     for head in (linear_loss, torch_linear_loss):
         loss, dx, dw = measured(head)
-        limit = 1e-5 if dtype == torch.float32 else 1e-2
-        assert abs(loss - plain[0]) < limit/5*2
+        loss_limit, limit = (1e-5, 1e-5) if dtype == torch.float32 else (4e-3, 1e-2)
+        assert abs(loss - plain[0]) < loss_limit
         assert (dx - plain[1]).norm() < limit*plain[1].norm() and (dw - plain[2]).norm() < limit*plain[2].norm()
 
 
