@@ -8,6 +8,7 @@ def test_article(here, tiny, monkeypatch):
     for k in ('WANDB_DATA_DIR', 'WANDB_CACHE_DIR', 'WANDB_CONFIG_DIR'): monkeypatch.setenv(k, str(here/k))
     monkeypatch.setenv('WANDB_MODE', 'offline')
     import wandb
+    wandb.teardown()  # an earlier test of this process may have had W&B read its settings; they are read again
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
