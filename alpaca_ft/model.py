@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
            'compute_dtype', 'freeze', 'in_bf16', 'autocast', 'checkpoint_trained', 'Place', 'settle', 'share',
            'cut_layers', 'Attention', 'Trunk', 'Tail', 'mend_generation_config', 'check_saved', 'save_model',
-           'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
+           'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -254,7 +254,7 @@ def cut_layers(
 @dataclass
 class Attention:
     "A way to attend within the documents of packed rows: an attention function by its name, and what it needs."
-    name:str  # as `set_attn_implementation` takes it
+    name:str  # as `set_attn_implementation` takes it; '' leaves the model's own
     arguments:object  # function of (document lengths, width of the rows, device): keyword arguments of the forward pass
 
 # %% ../nbs/04_model.ipynb #58bbbebf
@@ -269,7 +269,7 @@ class Trunk(nn.Module):
         self.bf16, self.attention = in_bf16(model), attention
         twin = share(model).eval()
         cut_layers(twin, 0, n_freeze)
-        if attention:
+        if attention and attention.name:
             twin.set_attn_implementation(attention.name)
         self.body, self.last = twin.get_decoder(), decoder_layers(twin)[-1]
 
@@ -319,7 +319,7 @@ class Tail(nn.Module):
             self.model.set_input_embeddings(nn.Identity())
             for i, layer in enumerate(decoder_layers(self.model)):
                 layer.register_forward_pre_hook(_without_states if i else _enter, with_kwargs=True)
-        if attention:
+        if attention and attention.name:
             self.model.set_attn_implementation(attention.name)
         self.names = {p: names[p] for p in self.model.parameters()}  # each parameter's name in the whole model
         self.config = self.model.config
@@ -373,10 +373,11 @@ def mend_generation_config(
 def check_saved(
     model,  # in memory
     folder:Path,  # what `save_pretrained` wrote of it
+    frozen:bool=False,  # compare what is frozen too
 )->None:
     "Compare what trains with what was written, by name, or read back where transformers gave it other names."
     from safetensors import safe_open
-    missing = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    missing = {k: p for k, p in model.named_parameters() if p.requires_grad or frozen}
     for f in sorted(folder.glob('*.safetensors')):
         with safe_open(f, 'pt') as s:
             for k in missing.keys() & set(s.keys()):
@@ -394,6 +395,7 @@ def save_model(
     model,  # trained
     tokenizer,  # its tokenizer
     folder:Path,  # appears complete or not at all
+    frozen:bool=False,  # compare frozen weights too, see `check_saved`
 )->None:
     "Save what `from_pretrained` loads with exactly the trained weights, and read it back to be sure."
     folder = Path(folder)
@@ -409,11 +411,21 @@ def save_model(
         tokenizer.chat_template = template
     config = json.loads((part/'config.json').read_text())
     (part/'config.json').write_text(json.dumps(config | dict(dtype='float32'), indent=2))
-    check_saved(model, part)
+    check_saved(model, part, frozen)
     for f in (*part.iterdir(), part):
         sync(f)
     os.rename(part, folder)
     sync(folder.parent)
+
+# %% ../nbs/04_model.ipynb #04-kinds
+def one_of_each_kind(
+    model,  # causal language model
+)->int:  # layers, counted from the first
+    "How many layers from the first on hold one of each kind, where a kind is the names and shapes of its weights."
+    kinds = []
+    for layer in decoder_layers(model):
+        kinds.append([(name, tuple(p.shape)) for name, p in layer.named_parameters()])
+    return max(kinds.index(kind) for kind in kinds) + 1
 
 # %% ../nbs/04_model.ipynb #b9abba39
 def try_saving(
@@ -421,13 +433,12 @@ def try_saving(
     tokenizer,  # its tokenizer
     out:Path,  # the folder that the result will be written beside
 )->None:
-    "Save a model of one layer of the same kind, and read it back: what would fail at the end fails now."
-    n = len(decoder_layers(model))
+    "Save a model of few layers of the same kind, and read it back: what would fail at the end fails now."
     small = share(model)
-    cut_layers(small, n - 1, n)
+    cut_layers(small, 0, one_of_each_kind(model))
     with tempfile.TemporaryDirectory(dir=out) as tmp:
         try:
-            save_model(small, tokenizer, Path(tmp)/'model')
+            save_model(small, tokenizer, Path(tmp)/'model', frozen=True)
         except Exception as e:
             why = ' '.join(str(e).replace(tmp, '').split())[:200]
             raise Refused(f'{type(model).__name__}: the trained model could not be saved ({why}); '

@@ -295,7 +295,7 @@ def measure_step(
     tokens = run.report['train']['packed_tokens']*run.report['steps']/run.report['steps_per_epoch']
     run.report.update(isolated=True, probe_tokens_per_second=p['tokens_per_second'],
                       estimated_seconds=round(tokens/p['tokens_per_second']))
-    names = (run.step.attention.name if run.step.attention else 'own',
+    names = (run.step.attention.name or 'own, masked' if run.step.attention else 'own',
              run.step.head.__name__ if run.step.head else 'own')
     run.manifest.step = f'attention {names[0]}, head {names[1]}'
 

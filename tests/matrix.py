@@ -154,8 +154,8 @@ OPTIONS = dict(
 
 REFUSED = [
     (dict(family='bloom'), 'documents in one row read each other'),
-    (dict(family='falcon'), 'documents in one row read each other'),
-    (dict(family='gpt-oss'), 'documents in one row read each other'),
+    (dict(family='falcon', prefix='memory'), 'does not hand arguments on to its layers'),
+    (dict(family='falcon', prefix='disk'), 'does not hand arguments on to its layers'),
     (dict(family='gptj', prefix='memory'), 'does not hand arguments on to its layers'),
     (dict(family='gptj', prefix='disk'), 'does not hand arguments on to its layers'),
 ]  # (choices of a cell as a dict, words of the refusal's line): all cells with these choices are refused
