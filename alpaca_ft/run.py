@@ -290,8 +290,12 @@ def measure_step(
                       'this architecture cannot be packed here')
     p = probe(run)
     missing = [k for k in p['without_gradient'] if not may_be_without_gradient(k)]
-    if missing:
-        raise Refused(f"{cfg.model}: {', '.join(missing[:3])} should train but gets no gradient")
+    weights = dict(run.model.named_parameters())
+    matrices = [k for k in missing if weights[k].squeeze().dim() > 1]
+    if matrices:
+        raise Refused(f"{cfg.model}: {', '.join(matrices[:3])} should train but gets no gradient; "
+                      'this architecture cannot be trained here')
+    run.report['without_gradient'] = missing
     tokens = run.report['train']['packed_tokens']*run.report['steps']/run.report['steps_per_epoch']
     run.report.update(isolated=True, probe_tokens_per_second=p['tokens_per_second'],
                       estimated_seconds=round(tokens/p['tokens_per_second']))
@@ -361,6 +365,8 @@ def notes(
         lines.append(run.step.says)
     if run.report.get('prefix_says'):
         lines.append(f"frozen layers: {run.report['prefix_says']}")
+    if still := run.report.get('without_gradient'):
+        lines.append(f'without a gradient, so they stay as they are: {len(still)} vectors ({still[0]}, ...)')
     return lines
 
 # %% ../nbs/16_run.ipynb #16-060

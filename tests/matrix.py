@@ -101,6 +101,14 @@ def falcon():
     return model_of('FalconConfig', SHAPE | TOKENS, hidden_dropout=0., attention_dropout=0.)
 
 
+def deepseek():
+    "DeepSeek V3: keys and values through a narrow layer, experts in all layers but the first."
+    narrow = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    experts = dict(n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=32, first_k_dense_replace=1, n_group=1,
+                   topk_group=1)
+    return model_of('DeepseekV3Config', COMMON, num_key_value_heads=4, **narrow, **experts, **EXPERTS)
+
+
 WINDOWS = dict(head_dim=8, sliding_window=64, query_pre_attn_scalar=8)  # some layers look 64 tokens back only
 EXPERTS = dict(num_experts_per_tok=2, output_router_logits=False)
 MULTIPLIERS = dict(logits_scaling=2., embedding_multiplier=2., residual_multiplier=0.5)
@@ -136,6 +144,9 @@ MORE = {
     'gpt-oss': lambda: model_of('GptOssConfig', COMMON, head_dim=8, num_local_experts=4, sliding_window=64, **EXPERTS),
     'cohere2': lambda: model_of('Cohere2Config', COMMON, logit_scale=1., sliding_window=64),
     'smollm3': lambda: model_of('SmolLM3Config', COMMON),
+    'afmoe': lambda: model_of('AfmoeConfig', COMMON, head_dim=8, num_experts=4, moe_intermediate_size=32,
+                              num_dense_layers=1, num_shared_experts=1, sliding_window=64, **EXPERTS),
+    'deepseek-v3': deepseek,
     'stablelm': lambda: model_of('StableLmConfig', COMMON, attention_dropout=0., hidden_dropout=0.),
 }  # families beyond those, see --more
 
@@ -488,7 +499,7 @@ def precision(cell):
     "The key of LOSS, NORM and SIZE for a cell."
     if cell.dtype == 'fp32':
         return 'fp32'
-    return 'experts' if cell.family in ('mixtral', 'qwen3-moe', 'gpt-oss') else 'bf16'
+    return 'experts' if cell.family in ('mixtral', 'qwen3-moe', 'gpt-oss', 'afmoe', 'deepseek-v3') else 'bf16'
 
 
 def compare_losses(right, cell):
