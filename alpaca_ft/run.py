@@ -198,12 +198,15 @@ def pack_rows(
 def check_fit(
     run,  # Run with model and tokenizer
 )->None:
-    "Refuse a tokenizer or a row length that the model has no room for."
+    "Refuse a tokenizer or a row length that the model has no room for, and recomputation that it does not know."
     name, n = run.cfg.model, run.model.get_input_embeddings().weight.shape[0]
     tokens = max(run.tokenizer.get_vocab().values()) + 1
     if tokens > n:
         raise Refused(f'{name}: the tokenizer has {tokens:,} tokens, the model {n:,} embeddings; '
                       'give the tokenizer that belongs to it')
+    if run.cfg.activation_checkpointing and not run.model.supports_gradient_checkpointing:
+        raise Refused(f'{name}: {type(run.model).__name__} has no activation checkpointing; '
+                      'leave --activation-checkpointing out')
     limit = getattr(run.model.config.get_text_config(), 'max_position_embeddings', None)
     if limit and run.cfg.seq_len > limit:
         raise Refused(f'seq_len is {run.cfg.seq_len}, but {name} has {limit} positions; give at most that')

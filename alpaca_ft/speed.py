@@ -387,7 +387,7 @@ def choose_step(
         why = ' '.join(str(e).split())[:160]
         if 'memory' in why or 'ALLOC' in why:
             raise
-        raise Refused(f'{type(model).__name__}: a training step cannot be computed ({why}); use another model') from None
+        raise Refused(f'{type(model).__name__}: no training step can be computed ({why}); use another model') from None
     loss_limit, gradient_limit = (0.02, 0.15) if in_bf16(model) else (1e-4, 1e-3)
     for step in steps:
         try:

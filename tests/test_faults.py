@@ -19,9 +19,9 @@ OPTIONS = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 2, '--n-samples', 
 
 
 def test_killed_and_resumed():
-    "Eight kills, spread over training, evaluation, sampling and a save: the same end, bitwise."
-    r = subprocess.run([sys.executable, here_/'faults.py', '8', '2'], capture_output=True, text=True, timeout=600)
-    assert r.returncode == 0 and '8 of 8 killed runs ended like the one left alone' in r.stdout, r.stdout + r.stderr
+    "Five kills, spread over training, evaluation, sampling and a save (`make faults` tries fifty): the same end, bitwise."
+    r = subprocess.run([sys.executable, here_/'faults.py', '5', '2'], capture_output=True, text=True, timeout=600)
+    assert r.returncode == 0 and '5 of 5 killed runs ended like the one left alone' in r.stdout, r.stdout + r.stderr
 
 
 @pytest.mark.parametrize('when', ['loss', 'eval_loss'])
