@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
            'compute_dtype', 'freeze', 'in_bf16', 'autocast', 'checkpoint_trained', 'Place', 'settle', 'share',
-           'cut_layers', 'Attention', 'Trunk', 'Tail', 'mend_generation_config', 'check_saved', 'save_model',
+           'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config', 'check_saved', 'save_model',
            'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
@@ -108,10 +108,10 @@ def untie(
 def _layer_list(model):
     "The text decoder, and the name of its list of layers in it."
     n = model.config.get_text_config().num_hidden_layers
-    decoder = model.get_decoder()
-    for name, m in decoder.named_modules():
-        if isinstance(m, nn.ModuleList) and len(m) == n:
-            return decoder, name
+    for decoder in (model.get_decoder(), model.base_model):  # some call their head the decoder
+        for name, m in decoder.named_modules():
+            if isinstance(m, nn.ModuleList) and len(m) == n:
+                return decoder, name
     raise Refused(f'{type(model).__name__}: no list of {n} decoder layers found; only decoder-only models can be '
                   'frozen by layer')
 
@@ -256,6 +256,39 @@ class Attention:
     "A way to attend within the documents of packed rows: an attention function by its name, and what it needs."
     name:str  # as `set_attn_implementation` takes it; '' leaves the model's own
     arguments:object  # function of (document lengths, width of the rows, device): keyword arguments of the forward pass
+    apart:bool = False  # each document gets a row of its own for the forward pass, see `Apart`
+
+# %% ../nbs/04_model.ipynb #04-ap1
+class Apart:
+    "The documents of packed rows as rows of their own, padded at the end, and back."
+    def __init__(self,
+        document_lengths:list,  # the lengths of each row's documents
+        width:int,  # tokens in a packed row
+        device,  # torch.device
+    ):
+        starts, lengths = [], []
+        for row, in_row in enumerate(document_lengths):
+            start = row*width
+            for n in in_row:
+                starts.append(start)
+                lengths.append(n)
+                start += n
+        place = torch.arange(max(lengths))
+        inside = place < torch.tensor(lengths)[:, None]
+        there = (torch.tensor(starts)[:, None] + place)*inside  # padding repeats the first token of all
+        back = torch.zeros(len(document_lengths)*width, dtype=torch.long)
+        back[there[inside]] = inside.flatten().nonzero()[:, 0]
+        self.there, self.back = there.to(device), back.view(-1, width).to(device)
+        self.positions = place.expand(len(lengths), -1).to(device)
+
+    def split(self, x):
+        "(rows, width, ...) to (documents, longest document, ...)."
+        return x.flatten(0, 1)[self.there]
+
+    def join(self, x, columns=None):
+        "(documents, longest document, ...) to (rows, width, ...), or to some columns of the rows."
+        back = self.back if columns is None else self.back[:, columns]
+        return x.flatten(0, 1)[back]
 
 # %% ../nbs/04_model.ipynb #58bbbebf
 class Trunk(nn.Module):
@@ -271,22 +304,26 @@ class Trunk(nn.Module):
         cut_layers(twin, 0, n_freeze)
         if attention and attention.name:
             twin.set_attn_implementation(attention.name)
-        self.body, self.last = twin.get_decoder(), decoder_layers(twin)[-1]
+        self.body, self.last = _layer_list(twin)[0], decoder_layers(twin)[-1]
 
     @torch.no_grad()
     def forward(self, input_ids, position_ids, document_lengths):
         "The hidden states behind the last frozen layer: (rows, tokens, hidden)."
         out = []
-        extra = {}
+        extra, where = {}, None
         if self.attention:
             extra = self.attention.arguments(document_lengths, input_ids.shape[1], input_ids.device)
+            if self.attention.apart:
+                where = Apart(document_lengths, input_ids.shape[1], input_ids.device)
+                input_ids, position_ids = where.split(input_ids), where.positions
         hook = self.last.register_forward_hook(lambda module, args, result: out.append(result))
         try:
             with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 self.body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra)
         finally:
             hook.remove()
-        return out[0][0] if isinstance(out[0], tuple) else out[0]
+        states = out[0][0] if isinstance(out[0], tuple) else out[0]
+        return states if where is None else where.join(states)
 
 # %% ../nbs/04_model.ipynb #4c324e6b
 def _enter(layer, args, kwargs):
@@ -334,27 +371,36 @@ class Tail(nn.Module):
         return {self.names[p]: p for p in self.parameters() if p.requires_grad}
 
     def inputs(self, position_ids, document_lengths, input_ids=None, kept_states=None):
-        "The arguments of the model's own forward pass."
-        feed = dict(position_ids=position_ids, use_cache=False)
+        "The arguments of the model's own forward pass, and where documents went if they have rows of their own."
+        rows, where, feed = kept_states if self.n_freeze else input_ids, None, dict(use_cache=False)
         if self.attention:
             feed.update(self.attention.arguments(document_lengths, position_ids.shape[1], position_ids.device))
+            if self.attention.apart:
+                where = Apart(document_lengths, position_ids.shape[1], position_ids.device)
+                rows, position_ids = where.split(rows), where.positions
+        feed.update(position_ids=position_ids)
         if self.n_freeze:
-            feed.update(inputs_embeds=kept_states, kept_states=kept_states)
+            feed.update(inputs_embeds=rows, kept_states=rows)
         else:
-            feed.update(input_ids=input_ids)
-        return feed
+            feed.update(input_ids=rows)
+        return feed, where
 
     def forward(self, position_ids, document_lengths, input_ids=None, kept_states=None, **more):
         "The model's own output, its logits in fp32 or bf16."
-        feed = self.inputs(position_ids, document_lengths, input_ids, kept_states)
+        feed, where = self.inputs(position_ids, document_lengths, input_ids, kept_states)
+        columns = more.pop('logits_to_keep', None) if where else None  # numbers of columns in packed rows
         with torch.autocast(position_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            return self.model(**feed, **more)
+            out = self.model(**feed, **more)
+        if where:
+            out.logits = where.join(out.logits, columns)
+        return out
 
     def hidden(self, position_ids, document_lengths, input_ids=None, kept_states=None):
         "What the head receives: (rows, tokens, hidden)."
-        feed = self.inputs(position_ids, document_lengths, input_ids, kept_states)
+        feed, where = self.inputs(position_ids, document_lengths, input_ids, kept_states)
         with torch.autocast(position_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            return self.model.get_decoder()(**feed).last_hidden_state
+            out = _layer_list(self.model)[0](**feed).last_hidden_state
+        return where.join(out) if where else out
 
 # %% ../nbs/04_model.ipynb #4ec4a356
 def mend_generation_config(

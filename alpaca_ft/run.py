@@ -302,9 +302,10 @@ def measure_step(
     tokens = run.report['train']['packed_tokens']*run.report['steps']/run.report['steps_per_epoch']
     run.report.update(isolated=True, probe_tokens_per_second=p['tokens_per_second'],
                       estimated_seconds=round(tokens/p['tokens_per_second']))
-    names = (run.step.attention.name or 'own, masked' if run.step.attention else 'own',
-             run.step.head.__name__ if run.step.head else 'own')
-    run.manifest.step = f'attention {names[0]}, head {names[1]}'
+    attention, head = 'own', run.step.head.__name__ if run.step.head else 'own'
+    if run.step.attention:
+        attention = run.step.attention.name or ('own, apart' if run.step.attention.apart else 'own, masked')
+    run.manifest.step = f'attention {attention}, head {head}'
 
 # %% ../nbs/16_run.ipynb #16-053
 def decide_states(

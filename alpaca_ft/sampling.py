@@ -201,8 +201,11 @@ class LLMSampleCB(TrainerCallback):
         "Sample, then write, show and log what came out. On every process generation runs; the first one reports."
         try:
             new = self.sample(state.global_step)
-        except OSError as e:  # the model's files are gone: no reason to lose the training
-            print(f'samples of step {state.global_step} are left out ({e})', file=sys.stderr)
+        except Exception as e:  # files that are gone, a model that cannot generate: no reason to lose the training
+            why = ' '.join(str(e).split())[:200]
+            if isinstance(e, MemoryError) or 'memory' in why:
+                raise  # there is advice for that
+            print(f'samples of step {state.global_step} are left out ({why})', file=sys.stderr)
             return
         self.rows += new
         if not new or not state.is_world_process_zero:

@@ -147,6 +147,8 @@ MORE = {
     'afmoe': lambda: model_of('AfmoeConfig', COMMON, head_dim=8, num_experts=4, moe_intermediate_size=32,
                               num_dense_layers=1, num_shared_experts=1, sliding_window=64, **EXPERTS),
     'deepseek-v3': deepseek,
+    'qwen3.5': lambda: model_of('Qwen3_5TextConfig', COMMON, head_dim=8, linear_key_head_dim=8, linear_num_key_heads=2,
+                                linear_value_head_dim=8, linear_num_value_heads=4),
     'stablelm': lambda: model_of('StableLmConfig', COMMON, attention_dropout=0., hidden_dropout=0.),
 }  # families beyond those, see --more
 
@@ -164,7 +166,8 @@ OPTIONS = dict(
 )  # option of a cell: its choices
 
 REFUSED = [
-    (dict(family='bloom'), 'documents in one row read each other'),
+    (dict(family='bloom', prefix='memory'), 'prefix_cache'),
+    (dict(family='bloom', prefix='disk'), 'prefix_cache'),
     (dict(family='falcon', prefix='memory'), 'does not hand arguments on to its layers'),
     (dict(family='falcon', prefix='disk'), 'does not hand arguments on to its layers'),
     (dict(family='gptj', prefix='memory'), 'does not hand arguments on to its layers'),

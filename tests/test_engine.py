@@ -234,15 +234,30 @@ def test_isolation_is_looked_for_where_documents_are(here, tiny, rows):
     assert max(map(len, run.train['seq_lengths'][:50])) == 1 < len(fullest_row(run.train)['seq_lengths'])
 
 
-def test_model_that_reads_other_documents(here, rows, tokenizer, command):
-    "Bloom's own attention knows nothing of documents: refused before any work."
-    from transformers import BloomConfig, BloomForCausalLM
+def test_model_that_reads_what_follows(here, rows, tokenizer, command):
+    "BERT's attention looks ahead as well, so it sees the token that it is to guess: refused before any work."
+    from transformers import BertConfig, BertLMHeadModel
     torch.manual_seed(0)
-    BloomForCausalLM(BloomConfig(vocab_size=640, hidden_size=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=1,
-                                 pad_token_id=1)).save_pretrained('bloom')
-    tokenizer.save_pretrained('bloom')
-    code, out, err = command('train', '--model', './bloom', '--data', rows, *OPTIONS, '--out', 'run')
+    BertLMHeadModel(BertConfig(vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+                               num_attention_heads=4, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+                    ).save_pretrained('bert')
+    tokenizer.save_pretrained('bert')
+    code, out, err = command('train', '--model', './bert', '--data', rows, *OPTIONS, '--out', 'run')
     assert code == 2 and 'documents in one row read each other' in err.splitlines()[-1] and not Path('run').exists()
+
+
+def test_documents_that_cannot_share_a_row(here, rows, tokenizer):
+    "Bloom's own attention knows nothing of documents, and Mamba's state runs on: each document gets a row of its own."
+    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+    common = dict(vocab_size=640, hidden_size=32, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    torch.manual_seed(0)
+    models = dict(bloom=BloomForCausalLM(BloomConfig(n_layer=4, n_head=4, **common)),
+                  mamba=MambaForCausalLM(MambaConfig(num_hidden_layers=4, state_size=8, **common)))
+    for name, model in models.items():
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+        run = train(run_config(f'./{name}', rows, f'run-{name}', max_steps=2))
+        assert 'each document is computed in a row of its own' in run.step.says and run.report['isolated']
 
 
 # kept states
