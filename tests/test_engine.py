@@ -404,6 +404,26 @@ def test_judge_is_not_followed_elsewhere(monkeypatch):
     assert not seen
 
 
+# the machine
+
+def test_memory_of_a_container(monkeypatch):
+    "What is left in a container, not what the host has."
+    from alpaca_ft.prefix import available_memory
+    told = {'/sys/fs/cgroup/memory.max': '3000000', '/sys/fs/cgroup/memory.current': '1000000'}
+    monkeypatch.setattr(Path, 'read_text', lambda self, *args, **kw: told[str(self)])
+    assert available_memory() == 2_000_000
+
+
+def test_several_gpus_are_refused(monkeypatch):
+    import accelerate
+    from types import SimpleNamespace
+    from alpaca_ft.model import settle
+    monkeypatch.setattr(accelerate, 'PartialState', lambda: SimpleNamespace(device=torch.device('cuda', 0)))
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(Refused, match='2 GPUs are visible and a run uses one; set CUDA_VISIBLE_DEVICES=0'):
+        settle('bf16')
+
+
 # tokenizers
 
 def test_tokenizer_that_appends_eos(tokenizer):

@@ -43,6 +43,16 @@ def test_wandb_offline(tiny, rows, tmp_path):
     assert len(model) == 1 and sorted(e['path'] for e in model[0]['manifest']['contents']) == sorted(p.name for p in (run.out/'model').iterdir())
 
 
+def test_wandb_goes_on_in_the_same_run(tiny, rows, tmp_path):
+    "A resumed run has the id of the one that it goes on with."
+    import shutil
+    run = tiny_run(tiny, rows, tmp_path/'run', track='wandb', save_every=2, n_samples=0)
+    shutil.rmtree(run.out/'model'); shutil.rmtree(run.out/'checkpoints'/'step-4')
+    tiny_run(tiny, rows, tmp_path/'run', track='wandb', save_every=2, n_samples=0, resume=True)
+    ids = [p.name for p in run.out.glob('wandb/offline-run-*/run-*.wandb')]
+    assert len(ids) == 2 and len(set(ids)) == 1 and ids[0] == f"run-{(run.out/'wandb-id.txt').read_text().strip()}.wandb", ids
+
+
 def test_wandb_after_chdir(tmp_path):
     "W&B's service keeps the directory it was started in; a relative folder means the caller's directory all the same."
     (tmp_path/'first').mkdir(); (tmp_path/'second').mkdir()
