@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from .files import sha256, sync
-from .model import decoder_layers, memory_estimate
+from .model import decoder_layers, first_in_graph, memory_estimate
 from .options import RunConfig
 
 # %% ../nbs/12_checkpoints.ipynb #12-022
@@ -363,10 +363,10 @@ def memory_advice(
         found.append((total(again=True), '--activation-checkpointing', '; slower, same result'))
     if cfg.seq_len >= 16:
         found.append((total(seq_len=cfg.seq_len//2), f'--seq-len {cfg.seq_len//2}', ''))
-    layers = decoder_layers(model)
-    more = cfg.n_freeze + math.ceil((len(layers) - cfg.n_freeze)/2)
-    half = [p for layer in layers[cfg.n_freeze:more] for p in layer.parameters() if p.requires_grad]
-    if half:
+    layers, first = decoder_layers(model), first_in_graph(model)
+    more = first + math.ceil((len(layers) - first)/2)
+    half = [p for layer in layers[first:more] for p in layer.parameters() if p.requires_grad]
+    if half and not cfg.layers:
         size = next((p.element_size() for p in model.parameters() if not p.requires_grad), 4)  # of a frozen weight
         for p in half:
             p.requires_grad = False

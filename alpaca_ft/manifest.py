@@ -10,7 +10,7 @@ __all__ = ['FREE', 'ANYWAY', 'digest', 'config_digest', 'weights_digest', 'token
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -165,8 +165,9 @@ def compare_manifests(
 )->Changes:
     "What changed since a run began."
     found = Changes([], [], [])
+    known = {f.name: f.default for f in fields(RunConfig)}  # an option that is newer than the run had its default
     for k in sorted(old.get('options', {}).keys() | new.options.keys()):
-        before, now = old.get('options', {}).get(k), new.options.get(k)
+        before, now = old.get('options', {}).get(k, known.get(k)), new.options.get(k)
         if before != now:
             lines = found.anyway if k in ANYWAY else found.never
             lines.append(f'{k} was {before} and is {now}')

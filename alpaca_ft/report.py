@@ -252,6 +252,8 @@ def preflight_lines(
         lines.append(f"steps     {r['steps']:,} ({r['steps_per_epoch']:,} an epoch), {r['warmup_steps']} of them "
                      f"warm-up, evaluation every {r['eval_every']:,}")
     lines.append(f"model     {r['parameters']/1e6:,.2f}M parameters, {r['trainable']/1e6:,.2f}M trained")
+    if r.get('trains'):
+        lines.append(f"trains    {r['trains']}")
     if r.get('head_alone'):
         lines.append(f"warning   all {r['layers']} layers are frozen, so the head alone is trained; a lower --n-freeze "
                      'trains layers too')

@@ -28,8 +28,8 @@ from .data import Refused, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
-from .model import (LLAMA_2_7B, Place, Tail, Trunk, decoder_layers, freeze, load_model, load_tokenizer,
-                    memory_estimate, model_shape, save_model, settle, try_saving)
+from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, load_model, load_tokenizer,
+                    memory_estimate, model_shape, resolve_choice, save_model, settle, try_saving)
 from .model import _load
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
@@ -48,6 +48,7 @@ class Run:
     "The parts of a run: options, rows, model, report, folder and trainer, filled in as it goes."
     cfg:RunConfig  # the options
     place:Place = None  # device, precision, processes
+    choice:Choice = None  # what trains
     tokenizer:object = None  # the model's tokenizer
     model:object = None  # after `freeze`; None while only its tail is in memory
     rows:object = None  # DatasetDict of train and test, as loaded
@@ -221,9 +222,10 @@ def prepare(
     pack_rows(run, bad)
     run.model = load_model(cfg.model, trust_remote_code=cfg.trust_remote_code)
     check_fit(run)
-    freeze(run.model, cfg.n_freeze, cfg.freeze_embed, run.place.dtype, verbose=False)
+    run.choice = resolve_choice(cfg, run.model)
+    apply_choice(run.model, run.choice, run.place.dtype)
     run.manifest = make_manifest(cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test)
-    run.whole = WholeModel(run.model, cfg, run.place.dtype)
+    run.whole = WholeModel(run.model, cfg, run.place.dtype, run.choice)
     return run
 
 # %% ../nbs/16_run.ipynb #16-039
@@ -308,7 +310,7 @@ def decide_states(
     run.report['prefix_cache'] = 'off'
     if cfg.prefix_cache == 'off':
         return
-    why = why_no_states(cfg, run.model)
+    why = why_no_states(cfg, run.model, run.choice)
     if why and cfg.prefix_cache != 'auto':
         raise Refused(f'prefix_cache is {cfg.prefix_cache}, but {why}; use off')
     if why:
@@ -321,7 +323,7 @@ def decide_states(
         r['prefix_says'] = 'computed each time (fewer passes than there are rows)'
         return
     try:
-        state = try_tail(run.model, cfg.n_freeze, run.train[0], run.step.attention, run.place.device)
+        state = try_tail(run.model, run.choice.first, run.train[0], run.step.attention, run.place.device)
     except Refused as e:
         if cfg.prefix_cache != 'auto':
             raise
@@ -341,11 +343,12 @@ def preflight(
     "Complete the report: parameters, memory and, measured, isolation, gradients and time. Raises `Refused`."
     cfg, model = run.cfg, run.model
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    layers = len(decoder_layers(model))
-    run.report.update(parameters=sum(n for n, _ in sizes), trainable=sum(n for n, trains in sizes if trains),
+    choice = run.choice
+    run.report.update(trains=str(choice), parameters=sum(n for n, _ in sizes),
+                      trainable=sum(n for n, trains in sizes if trains),
                       memory_bytes=memory_estimate(model, cfg.seq_len, cfg.micro_batch_size,
                                                    cfg.activation_checkpointing),
-                      head_alone=cfg.n_freeze == layers and cfg.freeze_embed, layers=layers)
+                      head_alone=not choice.layers and not choice.embed, layers=choice.n_layers)
     if measure:
         measure_step(run)
         decide_states(run)
@@ -395,7 +398,8 @@ def prepare_shape(
         with torch.device('meta'):
             run.model = AutoModelForCausalLM.from_config(config)
     dtype = torch.float32 if cfg.dtype == 'fp32' else torch.bfloat16
-    freeze(run.model, cfg.n_freeze, cfg.freeze_embed, dtype, verbose=False)
+    run.choice = resolve_choice(cfg, run.model)
+    apply_choice(run.model, run.choice, dtype)
     unknown.append('speed, isolation and gradients: measured on loaded weights only')
     try:
         run.rows, bad = load_rows(cfg)
@@ -468,13 +472,13 @@ def keep_states(
     where = run.report['prefix_cache']
     if where == 'off':
         return
-    trunk = Trunk(run.model, run.cfg.n_freeze, run.step.attention)
+    trunk = Trunk(run.model, run.choice.first, run.step.attention)
     dtype, width = getattr(torch, run.report['state_dtype']), run.report['state_width']
     splits = (run.train, run.test)
     if where == 'memory':
         run.states = states_in_memory(trunk, splits, run.place.device, dtype, width)
     else:
-        name = states_name(run.manifest, run.cfg.n_freeze)
+        name = states_name(run.manifest, run.choice.first)
         run.states = states_on_disk(name, trunk, splits, run.place.device, dtype, width)
     run.train, run.test = with_row_numbers(run.train, run.test)
 
@@ -483,8 +487,8 @@ def what_trains(
     run,  # Run with model, step and states
 )->PackedLoss:  # from batch to loss
     "The module that is trained: the tail where states are kept, else the whole model with its own modules."
-    n_freeze = run.cfg.n_freeze if run.states is not None else 0
-    return PackedLoss(Tail(run.model, n_freeze, run.step.attention), run.step.head)
+    first = run.choice.first if run.states is not None else 0
+    return PackedLoss(Tail(run.model, first, run.step.attention), run.step.head)
 
 # %% ../nbs/16_run.ipynb #16-077
 def build_trainer(

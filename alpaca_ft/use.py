@@ -234,8 +234,8 @@ def measured(
     return [f'Against {others}:' if others else 'Measured:', verbatim('\n'.join(comparison_lines(found['measures'])))]
 
 # %% ../nbs/17_use.ipynb #17-058
-SETTINGS = ('seq_len', 'batch_size', 'epochs', 'max_steps', 'lr', 'warmup', 'loss_on', 'n_freeze', 'freeze_embed',
-            'seed')  # that a model card shows
+SETTINGS = ('seq_len', 'batch_size', 'epochs', 'max_steps', 'lr', 'warmup', 'loss_on', 'n_freeze', 'layers',
+            'freeze_embed', 'seed')  # that a model card shows
 
 # %% ../nbs/17_use.ipynb #17-059
 def model_card(
@@ -256,12 +256,15 @@ def model_card(
         digest = (config.get('manifest') or {}).get('data', '?')
         about_data += (f": {data['examples']:,} rows, {data['tokens']:,} tokens; sha256 of these and the held-out rows "
                        f'begins with {digest}.')
+    what = f"the first {config['n_freeze']} layers"
+    if trains := r['preflight'].get('trains'):
+        what = f'what trained is {trains}; all other weights'
     licence = 'Both are Apache-2.0.' if free else 'Read both before you pass the model on.'
     return '\n\n'.join([
         f'---\n{yaml.safe_dump(head, sort_keys=False)}---',
         f"# {r['name']}",
         f"{base}, freeze-tuned on instructions in the Alpaca format with alpaca_ft {config['versions']['alpaca_ft']}: "
-        f"the first {config['n_freeze']} layers stayed as they were. Weights in {dtype}.",
+        f"{what} stayed as they were. Weights in {dtype}.",
         '## Data',
         about_data,
         '## Template',
