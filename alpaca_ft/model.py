@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
-           'compute_dtype', 'Choice', 'chosen_parameters', 'apply_choice', 'freeze', 'chosen_layers', 'signal_to_noise',
-           'layer_matrices', 'spectrum', 'resolve_choice', 'in_bf16', 'autocast', 'first_in_graph',
-           'checkpoint_trained', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Trunk', 'Tail',
-           'mend_generation_config', 'check_saved', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate',
-           'model_shape', 'model_folder']
+           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'freeze', 'chosen_layers',
+           'signal_to_noise', 'layer_matrices', 'spectrum', 'lora_modules', 'resolve_choice', 'in_bf16', 'autocast',
+           'first_in_graph', 'checkpoint_trained', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Trunk',
+           'Tail', 'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved',
+           'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .data import Refused, cache_dir
 from .files import sha256, sync
@@ -152,6 +154,10 @@ class Choice:
     head:bool = True  # the output head trains
     embed:bool = False  # the input embedding trains
     matrices:list = None  # names of modules: of the layers, only their weights train; None: all of the layers
+    method:str = 'freeze'  # how they train: freeze, lora or full
+    rank:int = None  # of LoRA's matrices
+    alpha:int = None  # what their product is multiplied by, over the rank
+    seed:int = None  # that LoRA's matrices are drawn from
 
     @property
     def first(self):
@@ -161,15 +167,32 @@ class Choice:
         return self.layers[0] if self.layers else self.n_layers
 
     def __str__(self):
+        if self.method == 'full':
+            return f'all {self.n_layers} layers, the head, the embedding'
         words = []
         if self.layers:
             low, high = self.layers[0], self.layers[-1]
             together = self.layers == list(range(low, high + 1))
             numbers = f'{low}-{high}' if together else ', '.join(map(str, self.layers))
+            lora = f'LoRA of rank {self.rank} on ' if self.method == 'lora' else ''
             matrices = '' if self.matrices is None else f' ({len(self.matrices)} matrices)'
-            words.append(f'layers {numbers} of 0-{self.n_layers - 1}{matrices}')
+            words.append(f'{lora}layers {numbers} of 0-{self.n_layers - 1}{matrices}')
         words += ['the head']*self.head + ['the embedding']*self.embed
         return ', '.join(words)
+
+# %% ../nbs/04_model.ipynb #04-lo4
+def add_lora(
+    model,  # causal language model, changed in place
+    choice:Choice,  # matrices, rank, alpha, seed
+)->None:
+    "Add LoRA's small matrices to the chosen modules, as peft draws them with the choice's seed."
+    from peft import LoraConfig
+    transposed = isinstance(model.get_submodule(choice.matrices[0]), Conv1D)
+    config = LoraConfig(task_type='CAUSAL_LM', r=choice.rank, lora_alpha=choice.alpha,
+                        target_modules=choice.matrices, fan_in_fan_out=transposed)
+    with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
+        torch.default_generator.manual_seed(choice.seed)
+        model.add_adapter(config)
 
 # %% ../nbs/04_model.ipynb #04-ch4
 def chosen_parameters(
@@ -195,14 +218,18 @@ def apply_choice(
     choice:Choice,  # what is to train
     frozen_dtype:torch.dtype=None,  # of what stays; None: `compute_dtype()`; what trains is fp32
 )->bool:  # whether the head was tied to the embedding and has its own weight now
-    "Let the chosen parameters train, in fp32, and freeze the others."
+    "Let what was chosen train, in fp32, and freeze the rest."
     frozen_dtype = frozen_dtype or compute_dtype()
-    untied = choice.head and untie(model)
-    model.requires_grad_(False)
-    for p in chosen_parameters(model, choice):
-        p.requires_grad_(True)
+    untied = choice.method == 'freeze' and choice.head and untie(model)
+    model.requires_grad_(choice.method == 'full')
+    if choice.method == 'lora':
+        add_lora(model, choice)
+    if choice.method == 'freeze':
+        for p in chosen_parameters(model, choice):
+            p.requires_grad_(True)
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else frozen_dtype)
+    model.products_in_bf16 = frozen_dtype == torch.bfloat16  # also where nothing is frozen
     return untied
 
 # %% ../nbs/04_model.ipynb #03-039
@@ -294,24 +321,53 @@ def spectrum(
             chosen[name] = i
     return chosen
 
+# %% ../nbs/04_model.ipynb #04-lt2
+def lora_modules(
+    cfg:RunConfig,  # lora_targets
+    model,  # causal language model, as it was loaded
+    layers:list,  # numbers of the chosen layers
+    among:list=None,  # names of modules: only these; None: all
+)->list:  # names of modules
+    "The modules that LoRA's matrices are added to; raises `Refused` where there are none."
+    there = [(i, kind.rpartition('.')[2], name) for i, kind, name, m in layer_matrices(model)
+             if isinstance(m, (nn.Linear, Conv1D))]
+    kinds = sorted({kind for _, kind, _ in there})
+    wanted = kinds if cfg.lora_targets == 'all' else cfg.lora_targets.replace(' ', '').split(',')
+    for kind in wanted:
+        if kind not in kinds:
+            raise Refused(f'lora_targets: {kind!r} is no linear module in the layers of {type(model).__name__}; '
+                          f'there are {", ".join(kinds)}')
+    found = [name for i, kind, name in there if i in layers and kind in wanted and (among is None or name in among)]
+    if not found:
+        raise Refused(f'method is lora, but no linear module of {type(model).__name__} is chosen; '
+                      'freeze fewer layers, or give other lora_targets')
+    return found
+
 # %% ../nbs/04_model.ipynb #04-re2
 def resolve_choice(
-    cfg:RunConfig,  # n_freeze, layers, train_head, freeze_embed
+    cfg:RunConfig,  # method, n_freeze, layers, train_head, freeze_embed, and what LoRA needs
     model,  # causal language model, as it was loaded
 )->Choice:  # what trains
     "What the options mean for a model; raises `Refused`."
     n, name, matrices = len(decoder_layers(model)), type(model).__name__, None
+    if model.get_output_embeddings() is None:
+        raise Refused(f'{name} has no output head to train; use a ...ForCausalLM model')
+    if cfg.method == 'full':
+        return Choice(list(range(n)), n, embed=True, method='full')
     if (cfg.layers or '').startswith('spectrum:'):
         found = spectrum(model, float(cfg.layers.partition(':')[2]))
         matrices, layers = list(found), sorted(set(found.values()))
     else:
         layers = chosen_layers(cfg, n, name)
+    if cfg.method == 'lora':
+        matrices = lora_modules(cfg, model, layers, matrices)
+        return Choice(layers, n, False, False, matrices, 'lora', cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     choice = Choice(layers, n, cfg.train_head is not False, not cfg.freeze_embed, matrices)
     if not (choice.layers or choice.head or choice.embed):
         raise Refused(f'n_freeze is {cfg.n_freeze} and train_head false: nothing of {name} would train; '
                       'freeze fewer layers')
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    if choice.embed and not choice.head and head is not None and head.weight is embed.weight:
+    if choice.embed and not choice.head and head.weight is embed.weight:
         raise Refused(f'the embedding of {name} is its head too, and train_head is false; leave one of '
                       '--no-freeze-embed and --no-train-head out')
     return choice
@@ -321,7 +377,7 @@ def in_bf16(
     model,  # after `freeze`
 )->bool:  # whether part of it is bf16
     "Whether matrix products of a model are to be computed in bf16."
-    return any(p.dtype == torch.bfloat16 for p in model.parameters())
+    return getattr(model, 'products_in_bf16', False) or any(p.dtype == torch.bfloat16 for p in model.parameters())
 
 # %% ../nbs/04_model.ipynb #03-047
 def autocast(
@@ -529,6 +585,40 @@ def mend_generation_config(
     except ValueError:
         config.do_sample = True  # which is what a temperature asks for
 
+# %% ../nbs/04_model.ipynb #04-ad1
+def has_adapter(
+    model,  # causal language model
+)->bool:
+    "Whether LoRA's matrices were added to a model, so that they alone are saved."
+    return bool(getattr(model, 'peft_config', None))
+
+# %% ../nbs/04_model.ipynb #04-ad2
+def check_adapter(
+    model,  # with an adapter, in memory
+    folder:Path,  # what `save_pretrained` wrote of it
+)->None:
+    "Compare an adapter with what was written."
+    saved = load_file(folder/'adapter_model.safetensors')
+    for k, t in model.get_adapter_state_dict().items():
+        there = saved.pop(f'base_model.model.{k}', None)
+        if there is None or not torch.equal(there, t.detach().cpu()):
+            raise OSError(f'{folder}: {k} was not written as it is in memory')
+    if saved:
+        raise OSError(f'{folder}: {min(saved)} was written, but is not in memory')
+
+# %% ../nbs/04_model.ipynb #04-ad3
+def mend_adapter_config(
+    folder:Path,  # what `save_pretrained` wrote of an adapter
+)->None:
+    "Name the base model by its whole path, so that it is found from anywhere, and the modules in one order."
+    path = folder/'adapter_config.json'
+    config = json.loads(path.read_text(encoding='utf-8'))
+    base = config['base_model_name_or_path']
+    if Path(base).is_dir():
+        config['base_model_name_or_path'] = str(Path(base).resolve())
+    config['target_modules'] = sorted(config['target_modules'])
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+
 # %% ../nbs/04_model.ipynb #43b5380e
 def check_saved(
     model,  # in memory
@@ -557,7 +647,7 @@ def save_model(
     folder:Path,  # appears complete or not at all
     frozen:bool=False,  # compare frozen weights too, see `check_saved`
 )->None:
-    "Save what `from_pretrained` loads with exactly the trained weights, and read it back to be sure."
+    "Save what `from_pretrained` loads with exactly the trained weights (of LoRA, the adapter), and read it back."
     folder = Path(folder)
     part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
@@ -569,9 +659,13 @@ def save_model(
         tokenizer.save_pretrained(part)
     finally:
         tokenizer.chat_template = template
-    config = json.loads((part/'config.json').read_text())
-    (part/'config.json').write_text(json.dumps(config | dict(dtype='float32'), indent=2))
-    check_saved(model, part, frozen)
+    if has_adapter(model):
+        mend_adapter_config(part)
+        check_adapter(model, part)
+    else:
+        config = json.loads((part/'config.json').read_text())
+        (part/'config.json').write_text(json.dumps(config | dict(dtype='float32'), indent=2))
+        check_saved(model, part, frozen)
     for f in (*part.iterdir(), part):
         sync(f)
     os.rename(part, folder)
@@ -594,8 +688,10 @@ def try_saving(
     out:Path,  # the folder that the result will be written beside
 )->None:
     "Save a model of few layers of the same kind, and read it back: what would fail at the end fails now."
-    small = share(model)
-    cut_layers(small, 0, one_of_each_kind(model))
+    small = model  # of an adapter, all is written: it is small
+    if not has_adapter(model):
+        small = share(model)
+        cut_layers(small, 0, one_of_each_kind(model))
     with tempfile.TemporaryDirectory(dir=out) as tmp:
         try:
             save_model(small, tokenizer, Path(tmp)/'model', frozen=True)
@@ -690,8 +786,14 @@ def _load(
     looks_like_folder = model_id[:1] in ('.', '/', '~') or os.sep in model_id and model_id.count('/') != 1
     if looks_like_folder and not folder.is_dir():
         raise Refused(f'{model_id}: no such model folder; give a folder with config.json, `demo`, or a hub id')
-    if folder.is_dir() and not (folder/'config.json').exists():
+    adapter = folder/'adapter_config.json'
+    if folder.is_dir() and not (folder/'config.json').exists() and not adapter.exists():
         raise Refused(f'{model_id}: not a model folder (no config.json)')
+    if adapter.exists() and not (folder/'config.json').exists():
+        base = str(json.loads(adapter.read_text(encoding='utf-8')).get('base_model_name_or_path'))
+        if os.path.isabs(base) and not Path(base).is_dir():
+            raise Refused(f'{model_id}: an adapter of {base}, which is not there; put that model back, or change '
+                          'base_model_name_or_path in adapter_config.json')
     try:
         return what(model_id, **kw)
     except Exception as e:

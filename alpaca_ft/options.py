@@ -35,12 +35,18 @@ class RunConfig:
     eval_data:str = option(None, "rows to evaluate on; none: the source's own test split, or a tenth of the rows "
                            '(at most 1000)')
     out:str = option(None, 'the run folder, which must be new or empty; none: runs/NAME, numbered')
+    method:str = option('freeze', '`freeze`: the chosen layers train; `lora`: small matrices added to them; `full`: '
+                        'everything', choices=('freeze', 'lora', 'full'))
     n_freeze:int = option(24, 'layers frozen, counted from the input: a number, a part of them (0.75), or `auto`, '
                           'three quarters', least=0, shown='N|PART|auto')
     layers:str = option(None, 'layers that train, in place of n_freeze, counted from 0: `8-15`, `last:6`, or '
                         '`spectrum:0.25`, the quarter of the matrices with the most signal for their noise')
-    train_head:bool = option(None, 'train the output head; none: yes')
+    train_head:bool = option(None, 'train the output head; none: yes, but not with lora')
     freeze_embed:bool = option(True, 'keep the input embedding frozen too')
+    lora_rank:int = option(16, 'columns of one small matrix, and rows of the other', least=1)
+    lora_alpha:int = option(32, "the small matrices' product is multiplied by this over lora_rank", least=1)
+    lora_targets:str = option('all', 'modules in the chosen layers that get them: `all` linear ones, or names with '
+                              'commas between')
     seq_len:int = option(1024, 'tokens in a packed row', least=8)
     batch_size:int = option(1, 'packed rows in an optimizer step', least=1)
     micro_batch_size:int = option(1, "packed rows in a forward pass; the step's result does not depend on it", least=1)
@@ -142,6 +148,16 @@ def check_choice(
         raise Refused(f'layers is {cfg.layers!r}; give numbers from 0 as in 8-15, last:6, or spectrum:0.25')
     if cfg.layers and cfg.n_freeze != RunConfig.n_freeze:
         raise Refused(f'layers is {cfg.layers!r} and n_freeze is {cfg.n_freeze}; give one of them')
+    if cfg.method == 'full' and (cfg.layers or cfg.n_freeze not in (0, RunConfig.n_freeze)):
+        raise Refused('method is full, which trains all layers; leave layers and n_freeze out')
+    if cfg.method == 'full' and cfg.train_head is False:
+        raise Refused('method is full, which trains the head too; leave train_head out')
+    if cfg.method == 'lora' and (cfg.train_head or not cfg.freeze_embed):
+        raise Refused('method is lora, which leaves head and embedding as they are; leave train_head and freeze_embed '
+                      'out')
+    for name in ('lora_rank', 'lora_alpha', 'lora_targets'):
+        if cfg.method != 'lora' and getattr(cfg, name) != getattr(RunConfig, name):
+            raise Refused(f'{name} is {getattr(cfg, name)}, but method is {cfg.method}; give --method lora')
 
 # %% ../nbs/a2_options.ipynb #a2-022
 def check_options(

@@ -28,7 +28,7 @@ from .data import Refused, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
-from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, load_model, load_tokenizer,
+from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, has_adapter, load_model, load_tokenizer,
                     memory_estimate, model_shape, resolve_choice, save_model, settle, try_saving)
 from .model import _load
 from .options import PRESETS, RunConfig, plan
@@ -221,10 +221,14 @@ def prepare(
     run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
     pack_rows(run, bad)
     run.model = load_model(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    if has_adapter(run.model):
+        raise Refused(f'{cfg.model}: an adapter, not a model of its own; merge it with `alpaca_ft export`, '
+                      'and train that')
     check_fit(run)
     run.choice = resolve_choice(cfg, run.model)
     apply_choice(run.model, run.choice, run.place.dtype)
-    run.manifest = make_manifest(cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test)
+    run.manifest = make_manifest(cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test,
+                                 run.choice)
     run.whole = WholeModel(run.model, cfg, run.place.dtype, run.choice)
     return run
 
@@ -275,8 +279,8 @@ def synchronize(
 def may_be_without_gradient(
     name:str,  # of a trained parameter
 )->bool:
-    "An expert that no token of a short piece was sent to has no gradient there; the bias of a key never has one."
-    return '.experts.' in name or name.endswith(('k_proj.bias', 'key.bias'))
+    "An expert that no token was sent to may have no gradient; the bias of a key never has, nor LoRA's A while B is 0."
+    return '.experts.' in name or '.lora_A.' in name or name.endswith(('k_proj.bias', 'key.bias'))
 
 # %% ../nbs/16_run.ipynb #16-047
 def measure_step(
@@ -447,7 +451,7 @@ def check_disk(
 )->None:
     "Refuse a disk that has no room for the result and the checkpoints."
     m = run.report['memory_bytes']
-    need = m['frozen'] + m['trained']
+    need = m['trained'] if run.choice.method == 'lora' else m['frozen'] + m['trained']
     if run.cfg.save_every:
         need += 3*m['trained']*(run.cfg.keep + 1)
     free = shutil.disk_usage(run.out).free

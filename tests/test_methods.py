@@ -195,6 +195,201 @@ def test_spectrum(here, tied, rows):
     close(losses('run'), losses('off'))
 
 
+# LoRA
+
+def plain_lora(folder, layers, seed=42, rank=16, alpha=32):
+    "A model with LoRA on every linear module of some layers, by plain transformers and peft."
+    from peft import LoraConfig
+    model = load(folder)
+    names = []
+    for name, m in model.named_modules():
+        found = [i for i in layers if f'.{i}.' in name]
+        if found and type(m).__name__ in ('Linear', 'Conv1D'):
+            names.append(name)
+    conv = type(model.get_submodule(names[0])).__name__ == 'Conv1D'
+    torch.manual_seed(seed)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type='CAUSAL_LM',
+                                 fan_in_fan_out=conv))
+    return model
+
+
+@pytest.fixture(scope='module')
+def gpt2(tmp_path_factory, tokenizer):
+    "A tiny GPT-2, whose linear modules are Conv1D."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('gpt2')
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=600, n_embd=32, n_layer=4, n_head=4, n_positions=512, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
+        bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize('which', ['tied', 'gpt2'])
+@pytest.mark.parametrize('n_freeze', [2, 0])
+def test_lora(which, n_freeze, request, here, rows):
+    "On the tail: kept states, recomputed ones and plain PyTorch with peft on the whole model give the same losses."
+    folder = request.getfixturevalue(which)
+    a = train(run_config(folder, rows, 'off', method='lora', n_freeze=n_freeze, prefix_cache='off'))
+    plain = plain_lora(folder, range(n_freeze, 4))
+    close(logged('off', 'loss'), plain_losses(plain, list(a.train)))
+    assert all(not p.requires_grad for k, p in a.model.named_parameters() if '.lora_' not in k)
+    if not n_freeze:
+        return
+    b = train(run_config(folder, rows, 'memory', method='lora', prefix_cache='memory'))
+    close(losses('off'), losses('memory'))
+    assert b.trainer.model.tail.n_freeze == 2 and b.report['trainable'] < b.report['parameters']/4
+    assert {p.dtype for p in b.trainer.model.tail.trained().values()} == {torch.float32}
+
+
+def test_lora_is_drawn_from_the_seed_alone(tiny):
+    "Whatever was drawn before, the matrices are the same, and the next random number is the one that it would have been."
+    from alpaca_ft.model import apply_choice, load_model, resolve_choice
+    drawn = []
+    for before, seed in ((0, 1), (7, 1), (0, 2)):
+        model = load_model(str(tiny))
+        torch.manual_seed(before)
+        expected = torch.randn(3)
+        torch.manual_seed(before)
+        apply_choice(model, resolve_choice(RunConfig(method='lora', n_freeze=2, seed=seed), model), torch.float32)
+        assert torch.equal(torch.randn(3), expected)
+        drawn.append(model.get_parameter('model.layers.3.mlp.up_proj.lora_A.default.weight'))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize('which', ['tied', 'gpt2'])
+def test_adapter(which, request, here, rows):
+    "RUN/model is an adapter that plain transformers and peft load; merged by export it is the same model."
+    from peft import PeftModel
+    from alpaca_ft import export, load_model
+    folder = request.getfixturevalue(which)
+    run = train(run_config(folder, rows, 'run', method='lora', prefix_cache='memory', lr=1e-2))
+    names = {p.name for p in Path('run/model').iterdir()}
+    assert {'adapter_config.json', 'adapter_model.safetensors', 'tokenizer.json'} <= names and 'config.json' not in names
+    about = json.loads(Path('run/model/adapter_config.json').read_text())
+    assert about['base_model_name_or_path'] == str(folder) and about['target_modules'] == sorted(about['target_modules'])
+    right = logits(run.model.eval())
+    assert (logits(load(folder)) - right).abs().max() > 0.01  # it was trained
+    assert torch.equal(logits(load('run/model')), right)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folder), 'run/model')), right)
+    assert torch.equal(logits(load_model('run/model')), right)
+    assert transformers.AutoTokenizer.from_pretrained('run/model').chat_template
+    export('run', 'merged', dtype='fp32')
+    merged = load('merged')
+    assert not getattr(merged, 'peft_config', None) and (logits(merged) - right).abs().max() < 1e-4
+    assert 'LoRA of rank 16 on layers 2-3' in Path('merged/README.md').read_text()
+
+
+def test_adapter_in_the_commands(here, tied, rows, command):
+    "sample, evaluate and report take a run of LoRA like any other; export in bf16 too."
+    options = ['--method', 'lora', '--lora-rank', 4, '--lora-targets', 'q_proj,v_proj', '--n-freeze', 2]
+    code, out, err = command('train', '--model', tied, '--data', rows, '--seq-len', SEQ_LEN, '--max-steps', 3,
+                             '--n-samples', 1, '--max-new-tokens', 4, '--out', 'run', *options)
+    assert code == 0 and 'LoRA of rank 4 on layers 2-3 of 0-3 (4 matrices)' in err, err
+    for line in (['sample', 'run', '--instruction', 'Name a tree.', '--max-new-tokens', 4],
+                 ['evaluate', 'run', '--against', '--n-samples', 1, '--max-new-tokens', 4], ['report', 'run'],
+                 ['export', 'run', '--to', 'out'], ['sample', 'out', '--instruction', 'Hi.', '--max-new-tokens', 2]):
+        code, out, err = command(*line)
+        assert code == 0, (line, err)
+    assert load('out').dtype == torch.bfloat16
+    assert 'LoRA of rank 4' in Path('run/report.html').read_text()
+    code, out, err = command('train', '--model', 'run/model', '--data', rows, '--n-freeze', 2, '--seq-len', SEQ_LEN)
+    assert code == 2 and 'an adapter, not a model of its own' in err and len(err.splitlines()) == 1, err
+    code, out, err = command('check', '--model', tied, '--data', rows, '--seq-len', SEQ_LEN, *options)
+    assert code == 0 and 'trains    LoRA of rank 4' in out, err
+
+
+def test_adapter_without_its_base(here, tied, rows, command):
+    shutil.copytree(tied, 'base')
+    train(run_config('./base', rows, 'run', method='lora', max_steps=2))
+    shutil.rmtree('base')
+    code, out, err = command('sample', 'run', '--instruction', 'Hi.')
+    assert code == 2 and 'which is not there' in err and len(err.splitlines()) == 1, err
+
+
+def test_saving_an_adapter_is_tried_at_the_start(here, tied, rows, monkeypatch):
+    from peft import LoraConfig
+
+    def broken(self, *args, **kw):
+        raise OSError('no adapter today')
+    monkeypatch.setattr(LoraConfig, 'save_pretrained', broken)
+    with pytest.raises(Refused, match='could not be saved .no adapter today'):
+        train(run_config(tied, rows, 'run', method='lora'))
+    assert not Path('run').exists()
+
+
+@pytest.mark.parametrize('method', ['freeze', 'lora', 'full'])
+@pytest.mark.parametrize('cache', ['off', 'memory'])
+def test_killed_and_resumed(method, cache, here, tied, rows):
+    "Killed before the fourth step, resumed from the second: the same losses and the same files, to the last bit."
+    import os
+    if method == 'full' and cache == 'memory':
+        pytest.skip('nothing is kept where everything trains')
+    kw = dict(method=method, prefix_cache=cache, save_every=2)
+    train(run_config(tied, rows, 'whole', **kw))
+
+    def work():
+        matrix.kill_at(4)
+        train(run_config(tied, rows, 'killed', **kw))
+    code = os.waitstatus_to_exitcode(os.waitpid(matrix.fork(work), 0)[1])
+    assert code == -9 and not Path('killed/model').exists()
+    train(run_config(tied, rows, 'killed', resume=True, **kw))
+    assert losses('killed') == losses('whole')
+    for path in Path('whole/model').iterdir():
+        assert (Path('killed/model')/path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_resume_with_another_rank(here, tied, rows, command):
+    train(run_config(tied, rows, 'run', method='lora', save_every=2, max_steps=4))
+    shutil.rmtree('run/model')
+    with pytest.raises(Refused, match='lora_rank was 16 and is 8'):
+        train(run_config(tied, rows, 'run', method='lora', save_every=2, max_steps=4, lora_rank=8, resume=True))
+
+
+# everything
+
+@pytest.mark.parametrize('which', ['tied', 'tiny'])
+def test_full(which, request, here, rows):
+    "All weights train, the final norm too; a tied head stays the embedding."
+    folder = request.getfixturevalue(which)
+    run = train(run_config(folder, rows, 'run', method='full'))
+    plain = load(folder)
+    close(logged('run', 'loss'), plain_losses(plain.requires_grad_(True), list(run.train)))
+    saved, began = load('run/model'), dict(load(folder).named_parameters())
+    assert (saved.lm_head.weight is saved.model.embed_tokens.weight) == (which == 'tied')
+    assert all(not torch.equal(p, began[k]) for k, p in saved.named_parameters())
+    assert run.report['trainable'] == run.report['parameters'] and run.report['prefix_cache'] == 'off'
+    assert torch.equal(logits(saved), logits(run.model.eval()))
+
+
+@pytest.mark.parametrize('method', ['lora', 'full'])
+def test_bf16(method, here, tied, rows):
+    "Products are rounded to bf16, what trains is fp32, also where nothing is frozen."
+    for dtype in ('fp32', 'bf16'):
+        run = train(run_config(tied, rows, dtype, method=method, dtype=dtype))
+        assert {p.dtype for p in run.trainer.model.tail.trained().values()} == {torch.float32}
+    assert run.trainer.model.tail.bf16
+    one, other = losses('fp32'), losses('bf16')
+    assert one != other
+    close(one, other, 0.05)
+
+
+def test_memory_estimate(tied):
+    "Gradients and optimizer for what trains, activations for the layers above the cut."
+    from alpaca_ft.model import apply_choice, load_model, memory_estimate, resolve_choice
+    found = {}
+    for name, kw in dict(last=dict(n_freeze=2), middle=dict(layers='1-2'), lora=dict(method='lora', n_freeze=2),
+                         full=dict(method='full')).items():
+        model = load_model(str(tied))
+        apply_choice(model, resolve_choice(RunConfig(**kw), model), torch.float32)
+        found[name] = memory_estimate(model, 256)
+        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert found[name]['gradients'] == 4*trains and found[name]['optimizer'] == 8*trains
+    layer = found['last']['activations']/2
+    assert [found[name]['activations']/layer for name in ('last', 'middle', 'lora', 'full')] == [2, 3, 2, 4]
+    assert found['full']['frozen'] == 0
+
+
 # refusals
 
 REFUSED = {
@@ -205,6 +400,14 @@ REFUSED = {
     'nothing': (['--n-freeze', 4, '--no-train-head'], 'nothing of LlamaForCausalLM would train'),
     'no part': (['--n-freeze', '1.5'], 'give a whole number, a part such as 0.75, or auto'),
     'more layers than there are': (['--n-freeze', 5], 'give 0 to 4'),
+    'lora and the head': (['--method', 'lora', '--train-head', '--n-freeze', 2], 'leaves head and embedding as they are'),
+    'lora on nothing': (['--method', 'lora', '--n-freeze', 4], 'no linear module of LlamaForCausalLM is chosen'),
+    'no such target': (['--method', 'lora', '--n-freeze', 2, '--lora-targets', 'q_proj,w9'], "'w9' is no linear module"),
+    'rank without lora': (['--lora-rank', 4, '--n-freeze', 2], 'lora_rank is 4, but method is freeze'),
+    'full of some layers': (['--method', 'full', '--layers', '1-2'], 'which trains all layers'),
+    'full without head': (['--method', 'full', '--no-train-head'], 'which trains the head too'),
+    'no such method': (['--method', 'qlora'], "method is 'qlora'; use freeze or lora or full"),
+    'full and kept states': (['--method', 'full', '--prefix-cache', 'memory'], 'the embedding is trained'),
     'a tied head': (['--no-freeze-embed', '--no-train-head', '--n-freeze', 2], 'is its head too'),
 }
 
