@@ -9,9 +9,9 @@ _modules = dict(
     prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize prompt_ids '
             'alpaca_chat_template',
     packing='pack truncate plot_packing PackedCollator isolation_error leakage',
-    model='demo_model load_model load_tokenizer Choice apply_choice resolve_choice chosen_layers spectrum has_adapter freeze '
-          'untie decoder_layers param_count compute_dtype autocast settle checkpoint_trained share cut_layers Trunk Tail '
-          'memory_estimate model_shape save_model',
+    model='demo_model load_model load_tokenizer Choice apply_choice resolve_choice chosen_layers spectrum '
+          'has_adapter freeze untie decoder_layers param_count compute_dtype autocast settle checkpoint_trained '
+          'share cut_layers Trunk Tail memory_estimate model_shape save_model',
     manifest='Manifest compare_manifests',
     sampling='generate generate_all generation_config LLMSampleCB fit_prompt printable visible as_found before_after',
     trainer='sft_config make_trainer token_losses PackedLoss PackedSFTTrainer Diverged quiet',
