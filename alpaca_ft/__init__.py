@@ -18,7 +18,7 @@ _modules = dict(
     evaluate='evaluate find_model interval judge repetition',
     prefix='States WholeModel drops_out',
     speed='Step choose_step document_attention linear_loss',
-    checkpoints='Checkpoints checkpoints damage last_complete resume_command Failed Stopped memory_advice '
+    checkpoints='Best Checkpoints checkpoints damage last_complete resume_command Failed Stopped memory_advice '
                 'out_of_memory',
     tracking='Tracker wandb_mode',
     report='ReportCB write_report',

@@ -65,6 +65,9 @@ class RunConfig:
                                            'a quarter more time')
     prefix_cache:str = option('auto', "keep the frozen layers' output instead of computing it again: `auto`, `off`, "
                               '`memory` or `disk`', choices=('auto', 'off', 'memory', 'disk'))
+    final:str = option('last', 'the model that is left: of the `last` step, or of the `best` evaluation by the loss '
+                       'that is trained on', choices=('last', 'best'))
+    patience:int = option(None, 'stop after so many evaluations without a better one; none: never', least=1)
     save_every:int = option(None, 'optimizer steps between checkpoints; none: no checkpoints but the one that a '
                             'signal asks for', least=1)
     keep:int = option(2, 'checkpoints kept', least=1)

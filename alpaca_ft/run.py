@@ -6,7 +6,7 @@
 __all__ = ['LOCK', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'pack_rows', 'check_fit', 'prepare', 'fullest_row',
            'probe', 'synchronize', 'may_be_without_gradient', 'measure_step', 'decide_states', 'preflight', 'notes',
            'check', 'prepare_shape', 'go_on', 'check_disk', 'write_start', 'keep_states', 'what_trains',
-           'build_trainer', 'train_steps', 'save_result', 'what_is_left', 'finish']
+           'build_trainer', 'train_steps', 'take_best', 'save_result', 'what_is_left', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -21,8 +21,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from .checkpoints import (Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
-                          memory_advice, shorter_log)
+from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
+                                   lost, memory_advice, read_state, shorter_log)
 from .checkpoints import Stopped  # importable from here, as ever
 from .data import Refused, shared_rows
 from .evaluate import load_rows
@@ -91,6 +91,7 @@ def train(
                 with run.trainer.saver.watch_signals():
                     train_steps(run)
                     save_result(run, run.trainer.model.tail)
+                    run.trainer.best.end()
             except Exception as e:
                 raise explained(e, cfg, out, advice, 3*run.report['memory_bytes']['trained']) or e from None
             finally:
@@ -431,7 +432,7 @@ def go_on(
         raise Refused(f'{out}: {"; ".join(found.never)}; this would be another run: give what it was, or another --out')
     if found.anyway and not cfg.resume_anyway:
         raise Refused(f'{out}: {"; ".join(found.anyway)}; give what it was, or --resume-anyway')
-    run.resume_from, lines = last_complete(out)
+    run.resume_from, lines = last_complete(out, lost)
     short = shorter_log(out, run.resume_from)
     if short:
         raise Refused(f'{out}/{short}: shorter than when {run.resume_from.name} was saved; put it back, '
@@ -454,6 +455,8 @@ def check_disk(
     need = m['trained'] if run.choice.method == 'lora' else m['frozen'] + m['trained']
     if run.cfg.save_every:
         need += 3*m['trained']*(run.cfg.keep + 1)
+    if run.cfg.final == 'best':
+        need += 2*m['trained']
     free = shutil.disk_usage(run.out).free
     if need > free:
         raise Refused(f'{run.out}: the result takes {gib(need)}, and {gib(free)} are free there; free some space, '
@@ -512,8 +515,12 @@ def build_trainer(
     trainer = make_trainer(cfg, loss, run.tokenizer, run.train, run.test, out, [saver, metrics], tracker.report_to,
                            run.states, start)
     watch = StopAtNaN(trainer, cfg.loss_spike_stop, saver.last_good)
-    saver.trainer, saver.watch = trainer, watch
+    best = Best(out, cfg)
+    best.go_on(read_state(run.resume_from).get('best') if run.resume_from else None)
+    saver.trainer, saver.watch, saver.best, best.trainer = trainer, watch, best, trainer
     trainer.add_callback(watch)
+    if best.asked:
+        trainer.add_callback(best)
     if run.states is not None:
         run.model = None
         run.whole.release(loss.tail)
@@ -522,16 +529,34 @@ def build_trainer(
                                          out/'samples.jsonl', run.whole.use, max_prompt_tokens=cfg.seq_len))
     for cb in (*tracker.callbacks, ReportCB(out), *callbacks):
         trainer.add_callback(cb)
-    trainer.saver, trainer.metrics_bar = saver, metrics
+    trainer.saver, trainer.metrics_bar, trainer.best = saver, metrics, best
     return trainer
 
 # %% ../nbs/16_run.ipynb #16-078
 def train_steps(
     run,  # Run with its trainer
 )->None:
-    "All optimizer steps, from the one on at which the run stands."
-    if run.trainer.start < run.report['steps']:  # a checkpoint of the last step leaves nothing to train
-        run.trainer.train()
+    "All optimizer steps, from the one on at which the run stands; fewer where `patience` ends it."
+    trainer, best = run.trainer, run.trainer.best
+    if trainer.start < run.report['steps'] and not best.enough:  # a checkpoint of the last step leaves nothing to train
+        trainer.train()
+    trainer.metrics_bar.close()
+    if best.enough:
+        step = max(trainer.start, trainer.state.global_step)
+        print(f'patience: no evaluation since step {best.step} was better, so the run ends after step {step} '
+              f"of {run.report['steps']}", file=sys.stderr)
+
+# %% ../nbs/16_run.ipynb #16-tb1
+def take_best(
+    run,  # Run whose training has ended
+    tail:Tail,  # that was trained
+)->None:
+    "Put the weights of the best evaluation in the place of the last ones, and say which they are."
+    best = run.trainer.best
+    best.restore(tail.trained())
+    where = 'response tokens' if run.cfg.loss_on == 'response' else 'all tokens'
+    print(f'final: the model of step {best.step}, whose held-out loss on {where} was the lowest ({best.loss:.4f})',
+          file=sys.stderr)
 
 # %% ../nbs/16_run.ipynb #16-080
 def save_result(
@@ -540,6 +565,8 @@ def save_result(
 )->None:
     "Write RUN/model; if that cannot be, the trained weights alone, so that a finished training is never lost."
     try:
+        if run.cfg.final == 'best':
+            take_best(run, tail)
         with run.whole.use() as model:
             save_model(model, run.tokenizer, run.out/'model')
             run.model = model

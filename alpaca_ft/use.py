@@ -256,6 +256,7 @@ def model_card(
         digest = (config.get('manifest') or {}).get('data', '?')
         about_data += (f": {data['examples']:,} rows, {data['tokens']:,} tokens; sha256 of these and the held-out rows "
                        f'begins with {digest}.')
+    how = dict(lora='tuned with LoRA', full='tuned').get(config.get('method'), 'freeze-tuned')
     what = f"the first {config['n_freeze']} layers"
     if trains := r['preflight'].get('trains'):
         what = f'what trained is {trains}; all other weights'
@@ -263,7 +264,7 @@ def model_card(
     return '\n\n'.join([
         f'---\n{yaml.safe_dump(head, sort_keys=False)}---',
         f"# {r['name']}",
-        f"{base}, freeze-tuned on instructions in the Alpaca format with alpaca_ft {config['versions']['alpaca_ft']}: "
+        f"{base}, {how} on instructions in the Alpaca format with alpaca_ft {config['versions']['alpaca_ft']}: "
         f"{what} stayed as they were. Weights in {dtype}.",
         '## Data',
         about_data,

@@ -390,6 +390,162 @@ def test_memory_estimate(tied):
     assert found['full']['frozen'] == 0
 
 
+# the best, not the last
+
+@pytest.fixture(scope='module')
+def few(tmp_path_factory):
+    "Six rows to know by heart, four others to evaluate on, and a model whose held-out loss rises again soon."
+    from alpaca_ft import load_alpaca
+    folder, all_rows = tmp_path_factory.mktemp('few'), list(load_alpaca()['train'])
+    matrix.FAMILIES['llama-tied']().save_pretrained(folder/'model')
+    matrix.make_tokenizer().save_pretrained(folder/'model')
+    for name, some in dict(train=all_rows[:6], test=all_rows[30:34]).items():
+        (folder/f'{name}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in some))
+    return folder
+
+
+def best_config(few, out, method='freeze', **kw):
+    "A run that overfits."
+    rate = dict(freeze=0.05, lora=0.02)[method]
+    common = dict(eval_data=str(few/'test.jsonl'), final='best', method=method, lr=rate, loss_on='response',
+                  eval_every=1, warmup=0., epochs=None, max_steps=8)
+    return run_config(few/'model', few/'train.jsonl', out, **common | kw)
+
+
+def killed(step, **kw):
+    "Train in a child that is killed before a step; the process's exit code."
+    import os
+
+    def work():
+        matrix.kill_at(step)
+        train(best_config(**kw))
+    return os.waitstatus_to_exitcode(os.waitpid(matrix.fork(work), 0)[1])
+
+
+def held_out(out, key='eval_loss'):
+    "The held-out losses by step."
+    return {step: value for step, _, value in logged(out, key)}
+
+
+def same_files(one, other):
+    "Two folders with the same names and bytes."
+    names = sorted(p.name for p in Path(one).iterdir())
+    assert names == sorted(p.name for p in Path(other).iterdir())
+    for name in names:
+        assert Path(one, name).read_bytes() == Path(other, name).read_bytes(), name
+
+
+@pytest.mark.parametrize('method, cache, loss_on', [('freeze', 'off', 'all'), ('freeze', 'memory', 'all'),
+                                                    ('freeze', 'memory', 'response'), ('lora', 'memory', 'response')])
+def test_best(method, cache, loss_on, here, few, capfd):
+    "RUN/model is the model of the best evaluation, by the loss that is trained on: what evaluates to just that loss."
+    run = train(best_config(few, 'run', method, prefix_cache=cache, loss_on=loss_on))
+    key = 'eval_loss' if loss_on == 'all' else 'eval_response_loss'
+    found = held_out('run', key)
+    step = min(found, key=found.get)
+    assert 0 < step < 8 and found[8] > found[step]  # the case is one
+    assert f'final: the model of step {step}' in capfd.readouterr().err
+    about = json.loads(Path('run/best.json').read_text())
+    assert about == dict(measure=key, step=step, loss=found[step], evaluations_since=8 - step)
+    again = matrix.mean_loss(load('run/model'), list(run.test), loss_on, 'fp32')
+    assert abs(again - found[step]) < 1e-5 and not Path('run/best').exists()
+    page = Path('run/report.html').read_text()
+    assert 'best, saved' in page and f'step {step}: {found[step]:.3f} on' in page
+
+
+def test_last_is_the_default(here, few):
+    run = train(best_config(few, 'run', final='last'))
+    found = held_out('run')
+    assert abs(matrix.mean_loss(load('run/model'), list(run.test), 'all', 'fp32') - found[8]) < 1e-5
+    assert not Path('run/best').exists() and not Path('run/best.json').exists()
+
+
+@pytest.mark.parametrize('method', ['freeze', 'lora'])
+def test_best_of_a_killed_run(method, here, few):
+    "Killed at several steps, each time resumed: the same best model, stopped after the same step, as the run left alone."
+    kw = dict(few=few, method=method, prefix_cache='memory', save_every=2, patience=3, max_steps=12)
+    train(best_config(out='whole', **kw))
+    found = held_out('whole', 'eval_response_loss')
+    step = min(found, key=found.get)
+    last = max(found)
+    assert last == step + 3 < 12
+    for first in range(2, last + 1):
+        out = f'killed-{first}'
+        assert killed(first, out=out, **kw) == -9 and not Path(out, 'model').exists()
+        if first > 3:  # and once more, two steps behind the checkpoint that it goes on from
+            again = killed(2, out=out, resume=True, **kw)
+            assert again in (-9, 0)
+        if not Path(out, 'model').exists():
+            train(best_config(out=out, resume=True, **kw))
+        assert losses(out) == losses('whole'), first
+        same_files(f'{out}/model', 'whole/model')
+        assert Path(out, 'best.json').read_bytes() == Path('whole/best.json').read_bytes()
+        assert [p.name for p in sorted(Path(out, 'best').iterdir())] == [p.name for p in sorted(Path('whole/best').iterdir())]
+
+
+def test_best_weights_stay_while_a_checkpoint_needs_them(here, few):
+    "Where the newest checkpoint is damaged, the one before it is gone on from, with the best one that it knew."
+    kw = dict(few=few, save_every=1, keep=8, max_steps=6)
+    train(best_config(out='run', **kw))
+    names = {p.name for p in Path('run/best').iterdir()}
+    known = set()
+    for p in Path('run/checkpoints').iterdir():
+        known.add(f"step-{json.loads((p/'state.json').read_text())['best']['step']}")
+    assert names == known and len(known) > 1
+    shutil.copytree('run', 'again')
+    shutil.rmtree('again/model')
+    for i in range(3, 7):
+        (Path('again/checkpoints')/f'step-{i}'/'weights.safetensors').write_bytes(b'torn')
+    train(best_config(out='again', resume=True, **kw))
+    same_files('again/model', 'run/model')
+    assert losses('again') == losses('run')
+
+
+def test_checkpoint_whose_best_is_gone(here, few, capfd):
+    kw = dict(few=few, save_every=1, keep=8, max_steps=6)
+    train(best_config(out='run', **kw))
+    shutil.copytree('run', 'again')
+    shutil.rmtree('again/model')
+    about = json.loads(Path('again/checkpoints/step-6/state.json').read_text())['best']
+    shutil.rmtree(f"again/best/step-{about['step']}")
+    train(best_config(out='again', resume=True, **kw))
+    assert 'its best weights so far' in capfd.readouterr().err
+    same_files('again/model', 'run/model')
+
+
+def test_patience(here, few, command):
+    "A clean end, said in one line, with the result saved; no checkpoints are needed."
+    options = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 2, '--n-samples', 0, '--dtype', 'fp32', '--lr', '0.05',
+               '--eval-every', 1, '--warmup', 0, '--max-steps', 12, '--patience', 2]
+    code, out, err = command('train', '--model', few/'model', '--data', few/'train.jsonl', '--eval-data',
+                             few/'test.jsonl', '--out', 'run', *options)
+    found = held_out('run')
+    best, last = min(found, key=found.get), max(found)
+    assert code == 0 and last == best + 2 < 12, err
+    line = f'patience: no evaluation since step {best} was better, so the run ends after step {last} of 12'
+    assert [x for x in err.splitlines() if x.startswith('patience')] == [line], err
+    assert Path('run/model/model.safetensors').exists() and not Path('run/checkpoints').exists()
+    assert 'best</' in Path('run/report.html').read_text() and not Path('run/best').exists()
+
+
+def test_signal_keeps_the_best(here, few):
+    "Stopped by a signal and resumed: the same best model."
+    import os
+    import signal
+    from alpaca_ft import Stopped
+    train(best_config(few, 'whole'))
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kw):
+            if state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(best_config(few, 'run'), [Stop()])
+    assert not Path('run/model').exists() and list(Path('run/best').iterdir())
+    train(best_config(few, 'run', resume=True))
+    same_files('run/model', 'whole/model')
+
+
 # refusals
 
 REFUSED = {
@@ -408,6 +564,8 @@ REFUSED = {
     'full without head': (['--method', 'full', '--no-train-head'], 'which trains the head too'),
     'no such method': (['--method', 'qlora'], "method is 'qlora'; use freeze or lora or full"),
     'full and kept states': (['--method', 'full', '--prefix-cache', 'memory'], 'the embedding is trained'),
+    'no such end': (['--final', 'first'], "final is 'first'; use last or best"),
+    'no patience': (['--patience', 0], 'patience is 0; give at least 1'),
     'a tied head': (['--no-freeze-embed', '--no-train-head', '--n-freeze', 2], 'is its head too'),
 }
 
