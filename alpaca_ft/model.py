@@ -173,10 +173,12 @@ class Choice:
         if self.layers:
             low, high = self.layers[0], self.layers[-1]
             together = self.layers == list(range(low, high + 1))
-            numbers = f'{low}-{high}' if together else ', '.join(map(str, self.layers))
+            numbers = f's {low}-{high}' if together else f's {", ".join(map(str, self.layers))}'
+            if low == high:
+                numbers = f' {low}'
             lora = f'LoRA of rank {self.rank} on ' if self.method == 'lora' else ''
             matrices = '' if self.matrices is None else f' ({len(self.matrices)} matrices)'
-            words.append(f'{lora}layers {numbers} of 0-{self.n_layers - 1}{matrices}')
+            words.append(f'{lora}layer{numbers} of 0-{self.n_layers - 1}{matrices}')
         words += ['the head']*self.head + ['the embedding']*self.embed
         return ', '.join(words)
 

@@ -452,7 +452,7 @@ def check_disk(
 )->None:
     "Refuse a disk that has no room for the result and the checkpoints."
     m = run.report['memory_bytes']
-    need = m['trained'] if run.choice.method == 'lora' else m['frozen'] + m['trained']
+    need = m['trained'] if run.cfg.method == 'lora' else m['frozen'] + m['trained']
     if run.cfg.save_every:
         need += 3*m['trained']*(run.cfg.keep + 1)
     if run.cfg.final == 'best':
