@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .data import Refused, cache_dir
 from .files import sha256, sync
@@ -189,6 +188,7 @@ def add_lora(
 )->None:
     "Add LoRA's small matrices to the chosen modules, as peft draws them with the choice's seed."
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
     transposed = isinstance(model.get_submodule(choice.matrices[0]), Conv1D)
     config = LoraConfig(task_type='CAUSAL_LM', r=choice.rank, lora_alpha=choice.alpha,
                         target_modules=choice.matrices, fan_in_fan_out=transposed)
@@ -331,6 +331,7 @@ def lora_modules(
     among:list=None,  # names of modules: only these; None: all
 )->list:  # names of modules
     "The modules that LoRA's matrices are added to; raises `Refused` where there are none."
+    from transformers.pytorch_utils import Conv1D
     there = [(i, kind.rpartition('.')[2], name) for i, kind, name, m in layer_matrices(model)
              if isinstance(m, (nn.Linear, Conv1D))]
     kinds = sorted({kind for _, kind, _ in there})
