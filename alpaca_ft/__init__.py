@@ -9,20 +9,21 @@ _modules = dict(
     prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize prompt_ids '
             'alpaca_chat_template',
     packing='pack truncate plot_packing PackedCollator isolation_error leakage',
-    model='demo_model load_model load_tokenizer freeze untie decoder_layers param_count compute_dtype autocast settle '
-          'checkpoint_trained share cut_layers Trunk Tail memory_estimate model_shape save_model',
+    model='demo_model load_model load_tokenizer Choice apply_choice resolve_choice chosen_layers spectrum '
+          'has_adapter freeze untie decoder_layers param_count compute_dtype autocast settle checkpoint_trained '
+          'share cut_layers Trunk Tail memory_estimate model_shape save_model',
     manifest='Manifest compare_manifests',
     sampling='generate generate_all generation_config LLMSampleCB fit_prompt printable visible as_found before_after',
     trainer='sft_config make_trainer token_losses PackedLoss PackedSFTTrainer Diverged quiet',
     evaluate='evaluate find_model interval judge repetition',
     prefix='States WholeModel drops_out',
     speed='Step choose_step document_attention linear_loss',
-    checkpoints='Checkpoints checkpoints damage last_complete resume_command Failed Stopped memory_advice '
+    checkpoints='Best Checkpoints checkpoints damage last_complete resume_command Failed Stopped memory_advice '
                 'out_of_memory',
     tracking='Tracker wandb_mode',
     report='ReportCB write_report',
     run='train check prepare preflight Run',
-    use='sample chat export model_card',
+    use='sample chat export merged_model model_card',
 )
 _where = {name: module for module, names in _modules.items() for name in names.split()}
 __all__ = sorted(_where)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOGS', 'write_checkpoint', 'remove_checkpoint', 'checkpoints', 'tidy', 'damage', 'last_complete', 'random_states',
            'set_random_states', 'Stopped', 'resume_command', 'read_state', 'Checkpoints', 'cut_logs', 'shorter_log',
-           'Failed', 'out_of_memory', 'gib', 'memory_advice', 'disk_trouble', 'explained']
+           'best_folder', 'refers_to', 'lost', 'Best', 'Failed', 'out_of_memory', 'gib', 'memory_advice',
+           'disk_trouble', 'explained']
 
 # %% ../nbs/12_checkpoints.ipynb #12-003
 import errno
@@ -25,8 +26,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from .files import sha256, sync
-from .model import decoder_layers, memory_estimate
+from .files import sha256, sync, write_whole
+from .model import decoder_layers, first_in_graph, memory_estimate
 from .options import RunConfig
 
 # %% ../nbs/12_checkpoints.ipynb #12-022
@@ -105,11 +106,12 @@ def damage(
 # %% ../nbs/12_checkpoints.ipynb #12-032
 def last_complete(
     out:Path,  # the run folder
+    wrong=damage,  # function of a checkpoint: what is wrong with it, or None
 )->tuple:  # (the newest undamaged checkpoint or None, lines about damaged ones)
     "The checkpoint to go on from."
     lines = []
     for p in reversed(checkpoints(out)):
-        why = damage(p)
+        why = wrong(p)
         if why is None:
             return p, lines
         lines.append(f'{p}: damaged ({why}); the one before it is used')
@@ -168,7 +170,7 @@ LOGS = ('metrics.jsonl', 'samples.jsonl')  # cut back to where they were at the 
 # %% ../nbs/12_checkpoints.ipynb #12-053
 def read_state(
     folder:Path,  # a checkpoint
-)->dict:  # step, tokens, scheduler, lr, losses, logs, random
+)->dict:  # step, tokens, scheduler, lr, losses, logs, random, best
     "What a checkpoint says beside its tensors."
     return json.loads((Path(folder)/'state.json').read_text(encoding='utf-8'))
 
@@ -183,7 +185,7 @@ class Checkpoints(TrainerCallback):
         watch=None,  # StopAtNaN, whose past losses belong to the state
     ):
         self.out, self.cfg, self.watch = Path(out), cfg, watch
-        self.trainer, self.resume_from, self.signal = None, None, None
+        self.trainer, self.resume_from, self.signal, self.best = None, None, None, None
 
     def folder(self, step):
         "Where the checkpoint of a step is."
@@ -211,7 +213,8 @@ class Checkpoints(TrainerCallback):
                 logs[name] = (self.out/name).stat().st_size
         about = dict(step=self.trainer.state.global_step, tokens=self.trainer.tokens,
                      scheduler=self.trainer.lr_scheduler.state_dict(), lr=[g['lr'] for g in optimizer.param_groups],
-                     losses=self.watch.past[-20:] if self.watch else [], logs=logs, random=rest)
+                     losses=self.watch.past[-20:] if self.watch else [], logs=logs, random=rest,
+                     best=self.best.state() if self.best else None)
         (folder/'state.json').write_text(json.dumps(about), encoding='utf-8')
 
     def save(self, step):
@@ -219,6 +222,8 @@ class Checkpoints(TrainerCallback):
         if self.trainer.is_world_process_zero():
             write_checkpoint(self.folder(step), self.write)
             tidy(self.out, self.cfg.keep, step)
+            if self.best:
+                self.best.tidy()
 
     def restore_weights(self, trained):
         "Before the trainer is made: the weights of the checkpoint to go on from."
@@ -325,6 +330,125 @@ def shorter_log(
             return name
     return None
 
+# %% ../nbs/12_checkpoints.ipynb #12-be1
+def best_folder(
+    out:Path,  # the run folder
+    step:int,  # of the evaluation
+)->Path:
+    "Where the weights of the best evaluation are."
+    return Path(out)/'best'/f'step-{step}'
+
+# %% ../nbs/12_checkpoints.ipynb #12-be2
+def refers_to(
+    folder:Path,  # a checkpoint
+)->int|None:  # the step of the best evaluation before it, where weights of it are kept
+    "Which best weights a checkpoint needs."
+    try:
+        best = read_state(folder).get('best') or {}
+    except (OSError, ValueError):
+        return None  # damaged, so nothing goes on from it
+    return best['step'] if best.get('kept') else None
+
+# %% ../nbs/12_checkpoints.ipynb #12-be3
+def lost(
+    folder:Path,  # a checkpoint
+)->str|None:  # what is wrong with it, or None
+    "What keeps a run from going on from a checkpoint: damage, or best weights that are gone or damaged."
+    why = damage(folder)
+    step = None if why else refers_to(folder)
+    if step is None:
+        return why
+    why = damage(best_folder(folder.parent.parent, step))
+    return why and f'its best weights so far, those of step {step}: {why}'
+
+# %% ../nbs/12_checkpoints.ipynb #12-be4
+class Best(TrainerCallback):
+    "Keeps the weights of the best evaluation, and stops the run where none was better for a while."
+    # What the libraries lack: load_best_model_at_end needs a whole checkpoint at each evaluation, and is not exact
+    # where a run was killed between the two.
+    def __init__(self,
+        out:Path,  # the run folder
+        cfg:RunConfig,  # final, patience, loss_on
+    ):
+        self.out, self.cfg, self.trainer = Path(out), cfg, None
+        self.step, self.loss, self.waited, self.ended = None, None, 0, False
+
+    @property
+    def asked(self):
+        "Whether the options want any of this."
+        return self.cfg.final == 'best' or self.cfg.patience is not None
+
+    @property
+    def enough(self):
+        "Whether the run has waited long enough for a better evaluation."
+        return self.cfg.patience is not None and self.waited >= self.cfg.patience
+
+    def state(self):
+        "What a checkpoint says of it."
+        return dict(step=self.step, loss=self.loss, waited=self.waited, kept=self.cfg.final == 'best')
+
+    def go_on(self,
+        state:dict=None,  # see `state`; None: the run starts
+    ):
+        "Take up what a checkpoint says, and forget what came later."
+        if state and state['step'] is not None:
+            self.step, self.loss, self.waited = state['step'], state['loss'], state['waited']
+            self.note()
+        else:
+            (self.out/'best.json').unlink(missing_ok=True)
+        self.tidy()
+
+    def note(self):
+        "Write best.json, for people and for the report."
+        measure = 'eval_response_loss' if self.cfg.loss_on == 'response' else 'eval_loss'
+        about = dict(measure=measure, step=self.step, loss=self.loss, evaluations_since=self.waited)
+        write_whole(self.out/'best.json', json.dumps(about, indent=1))
+
+    def tidy(self):
+        "Delete best weights that neither the run nor a checkpoint on the disk needs, and what killed saves left."
+        folder, needed = self.out/'best', set(map(refers_to, checkpoints(self.out)))
+        if not self.ended:
+            needed.add(self.step)
+        for p in folder.glob('*.part'):
+            shutil.rmtree(p, ignore_errors=True)
+        for p in folder.glob('step-*'):
+            if p.name not in {f'step-{step}' for step in needed}:
+                remove_checkpoint(p)
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def write(self, folder):
+        "The weights that train."
+        trained = self.trainer.model.tail.trained()
+        save_file({k: p.detach().cpu().contiguous() for k, p in trained.items()}, folder/'weights.safetensors')
+
+    def on_evaluate(self, args, state, control, metrics=None, **kw):
+        loss = metrics['eval_loss']
+        if self.cfg.loss_on == 'response':
+            loss = metrics['eval_response_loss']
+        if self.loss is None or loss < self.loss:
+            if self.cfg.final == 'best' and state.is_world_process_zero:
+                write_checkpoint(best_folder(self.out, state.global_step), self.write)
+            self.step, self.loss, self.waited = state.global_step, loss, 0
+            self.tidy()
+        else:
+            self.waited += 1
+        self.note()
+        if self.enough:
+            control.should_training_stop = True
+
+    def end(self):
+        "The result is written: weights that no checkpoint needs are not needed any more."
+        self.ended = True
+        self.tidy()
+
+    def restore(self, trained):
+        "Put the best weights in the place of the last ones."
+        saved = load_file(best_folder(self.out, self.step)/'weights.safetensors')
+        with torch.no_grad():
+            for k, p in trained.items():
+                p.copy_(saved[k])
+
 # %% ../nbs/12_checkpoints.ipynb #12-080
 class Failed(RuntimeError):
     "The run ended for a reason that one line can say, with its remedy."
@@ -363,10 +487,10 @@ def memory_advice(
         found.append((total(again=True), '--activation-checkpointing', '; slower, same result'))
     if cfg.seq_len >= 16:
         found.append((total(seq_len=cfg.seq_len//2), f'--seq-len {cfg.seq_len//2}', ''))
-    layers = decoder_layers(model)
-    more = cfg.n_freeze + math.ceil((len(layers) - cfg.n_freeze)/2)
-    half = [p for layer in layers[cfg.n_freeze:more] for p in layer.parameters() if p.requires_grad]
-    if half:
+    layers, first = decoder_layers(model), first_in_graph(model)
+    more = first + math.ceil((len(layers) - first)/2)
+    half = [p for layer in layers[first:more] for p in layer.parameters() if p.requires_grad]
+    if half and not cfg.layers and cfg.method != 'full':
         size = next((p.element_size() for p in model.parameters() if not p.requires_grad), 4)  # of a frozen weight
         for p in half:
             p.requires_grad = False

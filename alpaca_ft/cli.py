@@ -32,7 +32,7 @@ def add_options(
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
         else:
-            values = '|'.join(CHOICES[f.name]) if f.name in CHOICES else f.type.__name__.upper()
+            values = f.metadata['shown'] or '|'.join(CHOICES.get(f.name, ())) or f.type.__name__.upper()
             parser.add_argument(flag, metavar=values, default=None, help=about)
 
 # %% ../nbs/18_cli.ipynb #18-010

@@ -38,7 +38,7 @@ def find_model(
     folder = Path(run)
     if not (folder/'config.yaml').exists():
         return str(run), {}
-    if not (folder/'model'/'config.json').exists():
+    if not any((folder/'model'/name).exists() for name in ('config.json', 'adapter_config.json')):
         raise Refused(f'{run}: the run has no model yet; finish it with alpaca_ft train --resume --out {run}')
     return str(folder/'model'), read_run(folder)['config']
 

@@ -10,14 +10,14 @@ __all__ = ['FREE', 'ANYWAY', 'digest', 'config_digest', 'weights_digest', 'token
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from .files import file_sums
-from .model import Place, model_folder
+from .model import Choice, Place, model_folder
 from .options import RunConfig
 
 # %% ../nbs/a3_manifest.ipynb #a3-006
@@ -93,7 +93,7 @@ def packed_digest(
 def versions()->dict:  # package: version
     "The versions that a run depends on."
     found = dict(python=platform.python_version())
-    for p in ('alpaca_ft', 'torch', 'transformers', 'trl', 'datasets', 'accelerate'):
+    for p in ('alpaca_ft', 'torch', 'transformers', 'trl', 'datasets', 'accelerate', 'peft'):
         try:
             found[p] = version(p)
         except PackageNotFoundError:
@@ -131,6 +131,7 @@ class Manifest:
     threads:int = 1  # that compute on a CPU; sums are rounded in another order with another number
     processes:int = 1  # that train together
     step:str = ''  # how a step is computed: attention and head
+    choice:str = ''  # digest of what trains
     versions:dict = field(default_factory=dict)  # of Python and the packages
 
 # %% ../nbs/a3_manifest.ipynb #a3-045
@@ -142,13 +143,15 @@ def make_manifest(
     rows:dict,  # Datasets `train` and `test`
     train,  # packed training rows
     test,  # packed evaluation rows
+    choice:Choice=None,  # what trains
 )->Manifest:
     "Resolve all that a run depends on."
     options = {k: v for k, v in asdict(cfg).items() if k not in FREE}
     return Manifest(options, config_digest(model), weights_digest(cfg.model, model), tokenizer_digest(tokenizer),
                     rows_digest(rows['train'], rows['test']), packed_digest(train, test),
                     'bf16' if place.dtype == torch.bfloat16 else 'fp32', place.device.type,
-                    processor_name(place.device), torch.get_num_threads(), place.processes, versions=versions())
+                    processor_name(place.device), torch.get_num_threads(), place.processes,
+                    choice=digest(asdict(choice)) if choice else '', versions=versions())
 
 # %% ../nbs/a3_manifest.ipynb #a3-050
 @dataclass
@@ -165,8 +168,9 @@ def compare_manifests(
 )->Changes:
     "What changed since a run began."
     found = Changes([], [], [])
+    known = {f.name: f.default for f in fields(RunConfig)}  # an option that is newer than the run had its default
     for k in sorted(old.get('options', {}).keys() | new.options.keys()):
-        before, now = old.get('options', {}).get(k), new.options.get(k)
+        before, now = old.get('options', {}).get(k, known.get(k)), new.options.get(k)
         if before != now:
             lines = found.anyway if k in ANYWAY else found.never
             lines.append(f'{k} was {before} and is {now}')
@@ -174,6 +178,8 @@ def compare_manifests(
         name = dict(model="model's config", weights="model", packed='packing of the rows').get(k, k)
         if old.get(k) != getattr(new, k):
             found.never.append(f'the {name} is not the same ({k} {old.get(k)}, now {getattr(new, k)})')
+    if old.get('choice') and new.choice and old['choice'] != new.choice:
+        found.never.append('what trains is not the same (other layers or matrices)')
     for k in ('dtype', 'processes'):
         if old.get(k) != getattr(new, k):
             found.never.append(f'{k} was {old.get(k)} and is {getattr(new, k)}')

@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
-           'compute_dtype', 'freeze', 'in_bf16', 'autocast', 'checkpoint_trained', 'Place', 'settle', 'share',
-           'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config', 'check_saved', 'save_model',
-           'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
+           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'freeze', 'chosen_layers',
+           'signal_to_noise', 'layer_matrices', 'spectrum', 'lora_modules', 'resolve_choice', 'in_bf16', 'autocast',
+           'first_in_graph', 'checkpoint_trained', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart',
+           'Trunk', 'Tail', 'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config',
+           'check_saved', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape',
+           'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,10 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from .data import Refused, cache_dir
 from .files import sha256, sync
+from .options import RunConfig
 from .prompts import alpaca_chat_template
 
 # %% ../nbs/04_model.ipynb #03-005
@@ -139,6 +145,96 @@ def compute_dtype(
         fast = False
     return torch.bfloat16 if fast else torch.float32
 
+# %% ../nbs/04_model.ipynb #04-ch1
+@dataclass
+class Choice:
+    "What trains of a model: the options of a run, resolved for the model's own layers."
+    layers:list  # numbers of the layers that train, counted from 0
+    n_layers:int  # that the model has
+    head:bool = True  # the output head trains
+    embed:bool = False  # the input embedding trains
+    matrices:list = None  # names of modules: of the layers, only their weights train; None: all of the layers
+    method:str = 'freeze'  # how they train: freeze, lora or full
+    rank:int = None  # of LoRA's matrices
+    alpha:int = None  # what their product is multiplied by, over the rank
+    seed:int = None  # that LoRA's matrices are drawn from
+
+    @property
+    def first(self):
+        "The lowest trained layer: so many layers say the same at every step, and their output can be kept."
+        if self.embed:
+            return 0
+        return self.layers[0] if self.layers else self.n_layers
+
+    def __str__(self):
+        if self.method == 'full':
+            return f'all {self.n_layers} layers, the head, the embedding'
+        words = []
+        if self.layers:
+            low, high = self.layers[0], self.layers[-1]
+            together = self.layers == list(range(low, high + 1))
+            numbers = f's {low}-{high}' if together else f's {", ".join(map(str, self.layers))}'
+            if low == high:
+                numbers = f' {low}'
+            lora = f'LoRA of rank {self.rank} on ' if self.method == 'lora' else ''
+            matrices = '' if self.matrices is None else f' ({len(self.matrices)} matrices)'
+            words.append(f'{lora}layer{numbers} of 0-{self.n_layers - 1}{matrices}')
+        words += ['the head']*self.head + ['the embedding']*self.embed
+        return ', '.join(words)
+
+# %% ../nbs/04_model.ipynb #04-lo4
+def add_lora(
+    model,  # causal language model, changed in place
+    choice:Choice,  # matrices, rank, alpha, seed
+)->None:
+    "Add LoRA's small matrices to the chosen modules, as peft draws them with the choice's seed."
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+    transposed = isinstance(model.get_submodule(choice.matrices[0]), Conv1D)
+    config = LoraConfig(task_type='CAUSAL_LM', r=choice.rank, lora_alpha=choice.alpha,
+                        target_modules=choice.matrices, fan_in_fan_out=transposed)
+    with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
+        torch.default_generator.manual_seed(choice.seed)
+        model.add_adapter(config)
+
+# %% ../nbs/04_model.ipynb #04-ch4
+def chosen_parameters(
+    model,  # causal language model
+    choice:Choice,  # what is to train
+)->list:  # parameters
+    "The parameters that a choice means."
+    layers, found = decoder_layers(model), []
+    if choice.matrices is None:
+        for i in choice.layers:
+            found += layers[i].parameters()
+    else:
+        found += [model.get_submodule(name).weight for name in choice.matrices]
+    if choice.head:
+        found += model.get_output_embeddings().parameters()
+    if choice.embed:
+        found += model.get_input_embeddings().parameters()
+    return found
+
+# %% ../nbs/04_model.ipynb #04-ch5
+def apply_choice(
+    model,  # causal language model, changed in place
+    choice:Choice,  # what is to train
+    frozen_dtype:torch.dtype=None,  # of what stays; None: `compute_dtype()`; what trains is fp32
+)->bool:  # whether the head was tied to the embedding and has its own weight now
+    "Let what was chosen train, in fp32, and freeze the rest."
+    frozen_dtype = frozen_dtype or compute_dtype()
+    untied = choice.method == 'freeze' and choice.head and untie(model)
+    model.requires_grad_(choice.method == 'full')
+    if choice.method == 'lora':
+        add_lora(model, choice)
+    if choice.method == 'freeze':
+        for p in chosen_parameters(model, choice):
+            p.requires_grad_(True)
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else frozen_dtype)
+    model.products_in_bf16 = frozen_dtype == torch.bfloat16  # also where nothing is frozen
+    return untied
+
 # %% ../nbs/04_model.ipynb #03-039
 def freeze(
     model,  # causal language model, changed in place
@@ -148,32 +244,144 @@ def freeze(
     verbose:bool=True,  # print what was done
 ):  # the model
     "Train the last layers and the output head only, as the article does; unties a tied head, trains in fp32."
-    layers = decoder_layers(model)
-    frozen_dtype = frozen_dtype or compute_dtype()
-    if not 0 <= n_freeze <= len(layers):
-        raise Refused(f'n_freeze is {n_freeze}, but {type(model).__name__} has {len(layers)} layers; '
-                      f'give 0 to {len(layers)}')
-    untied = untie(model)
-    model.requires_grad_(False)
-    train = [model.get_output_embeddings(), *layers[n_freeze:]]
-    if not freeze_embed:
-        train.append(model.get_input_embeddings())
-    for m in train:
-        m.requires_grad_(True)
-    for p in model.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else frozen_dtype)
+    n = len(decoder_layers(model))
+    if not 0 <= n_freeze <= n:
+        raise Refused(f'n_freeze is {n_freeze}, but {type(model).__name__} has {n} layers; give 0 to {n}')
+    untied = apply_choice(model, Choice(list(range(n_freeze, n)), n, embed=not freeze_embed), frozen_dtype)
     if verbose:
         note = '; lm_head was tied to the embedding and has its own weight now' if untied else ''
-        print(f'layers {n_freeze+1} to {len(layers)} of {len(layers)} and lm_head are trained{note}')
+        print(f'layers {n_freeze+1} to {n} of {n} and lm_head are trained{note}')
         param_count(model)
     return model
+
+# %% ../nbs/04_model.ipynb #04-wl2
+def chosen_layers(
+    cfg:RunConfig,  # n_freeze, layers
+    n:int,  # layers that the model has
+    name:str,  # of the model, for a refusal
+)->list:  # numbers of the layers that train
+    "The layers that the options name; raises `Refused` where the model has no such layers."
+    kind, _, number = (cfg.layers or '').rpartition(':')
+    if kind == 'last':
+        if int(number) > n:
+            raise Refused(f'layers is {cfg.layers}, but {name} has {n} layers; give last:1 to last:{n}')
+        return list(range(n - int(number), n))
+    if cfg.layers:
+        low, _, high = cfg.layers.partition('-')
+        low, high = int(low), int(high or low)
+        if not low <= high < n:
+            raise Refused(f'layers is {cfg.layers}, but the layers of {name} are 0 to {n - 1}; '
+                          'give the lower number first')
+        return list(range(low, high + 1))
+    n_freeze = 0.75 if cfg.n_freeze == 'auto' else cfg.n_freeze
+    if isinstance(n_freeze, float):
+        n_freeze = round(n_freeze*n)
+    if n_freeze > n:
+        raise Refused(f'n_freeze is {n_freeze}, but {name} has {n} layers; give 0 to {n}')
+    return list(range(n_freeze, n))
+
+# %% ../nbs/04_model.ipynb #04-sp2
+def signal_to_noise(
+    weight,  # a matrix
+)->float:  # high where much of it is above what noise alone would make
+    "The singular values above the limit of noise over those below it, both summed, by the largest one."
+    values = torch.linalg.svdvals(weight.detach().float())
+    quarter = torch.tensor([0.25, 0.75], device=values.device)
+    low, high = torch.quantile(values, quarter).tolist()
+    sigma = (high - low)/1.349  # a normal distribution's quartiles are so many sigmas apart
+    beta = min(weight.shape)/max(weight.shape)
+    above = values > sigma*(1 + beta**0.5)  # sqrt((1 + sqrt(beta))^2)
+    noise = values[~above].sum().item()
+    signal = values[above].sum().item()
+    return signal/noise/values.max().item() if noise else float('inf')
+
+# %% ../nbs/04_model.ipynb #04-sp5
+def layer_matrices(
+    model,  # causal language model
+)->list:  # (layer number, kind, name in the model, module) of each module in a layer whose weight is a matrix
+    "The matrices of the decoder layers; the kind of one is its name within its layer."
+    names, found = {m: k for k, m in model.named_modules()}, []
+    for i, layer in enumerate(decoder_layers(model)):
+        for kind, m in layer.named_modules():
+            weight = getattr(m, 'weight', None)
+            if isinstance(weight, nn.Parameter) and weight.dim() == 2:
+                found.append((i, kind, names[m], m))
+    return found
+
+# %% ../nbs/04_model.ipynb #04-sp6
+def spectrum(
+    model,  # causal language model, as it was loaded
+    part:float,  # of the matrices of each kind
+)->dict:  # name of a module: number of its layer
+    "The matrices with the most signal for their noise, of each kind the best."
+    kinds, chosen = {}, {}
+    for i, kind, name, m in layer_matrices(model):
+        if m.weight.is_meta:
+            raise Refused('layers is spectrum: the weights have to be there to choose by them; give a model folder')
+        kinds.setdefault(kind, []).append((-signal_to_noise(m.weight), i, name))
+    for ranked in kinds.values():
+        for _, i, name in sorted(ranked)[:max(1, round(part*len(ranked)))]:
+            chosen[name] = i
+    return chosen
+
+# %% ../nbs/04_model.ipynb #04-lt2
+def lora_modules(
+    cfg:RunConfig,  # lora_targets
+    model,  # causal language model, as it was loaded
+    layers:list,  # numbers of the chosen layers
+    among:list=None,  # names of modules: only these; None: all
+)->list:  # names of modules
+    "The modules that LoRA's matrices are added to; raises `Refused` where there are none."
+    from transformers.pytorch_utils import Conv1D
+    there = [(i, kind.rpartition('.')[2], name) for i, kind, name, m in layer_matrices(model)
+             if isinstance(m, (nn.Linear, Conv1D))]
+    kinds = sorted({kind for _, kind, _ in there})
+    wanted = kinds if cfg.lora_targets == 'all' else cfg.lora_targets.replace(' ', '').split(',')
+    for kind in wanted:
+        if kind not in kinds:
+            raise Refused(f'lora_targets: {kind!r} is no linear module in the layers of {type(model).__name__}; '
+                          f'there are {", ".join(kinds)}')
+    found = [name for i, kind, name in there if i in layers and kind in wanted and (among is None or name in among)]
+    if not found:
+        raise Refused(f'method is lora, but no linear module of {type(model).__name__} is chosen; '
+                      'freeze fewer layers, or give other lora_targets')
+    return found
+
+# %% ../nbs/04_model.ipynb #04-re2
+def resolve_choice(
+    cfg:RunConfig,  # method, n_freeze, layers, train_head, freeze_embed, and what LoRA needs
+    model,  # causal language model, as it was loaded
+)->Choice:  # what trains
+    "What the options mean for a model; raises `Refused`."
+    n, name, matrices = len(decoder_layers(model)), type(model).__name__, None
+    if model.get_output_embeddings() is None:
+        raise Refused(f'{name} has no output head to train; use a ...ForCausalLM model')
+    if cfg.method == 'full':
+        return Choice(list(range(n)), n, embed=True, method='full')
+    if (cfg.layers or '').startswith('spectrum:'):
+        found = spectrum(model, float(cfg.layers.partition(':')[2]))
+        matrices, layers = list(found), sorted(set(found.values()))
+    else:
+        layers = chosen_layers(cfg, n, name)
+    if cfg.method == 'lora':
+        matrices = lora_modules(cfg, model, layers, matrices)
+        return Choice(layers, n, False, False, matrices, 'lora', cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    choice = Choice(layers, n, cfg.train_head is not False, not cfg.freeze_embed, matrices)
+    if not (choice.layers or choice.head or choice.embed):
+        raise Refused(f'n_freeze is {cfg.n_freeze} and train_head false: nothing of {name} would train; '
+                      'freeze fewer layers')
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    if choice.embed and not choice.head and head.weight is embed.weight:
+        raise Refused(f'the embedding of {name} is its head too, and train_head is false; leave one of '
+                      '--no-freeze-embed and --no-train-head out')
+    return choice
 
 # %% ../nbs/04_model.ipynb #4344fdd9
 def in_bf16(
     model,  # after `freeze`
 )->bool:  # whether part of it is bf16
     "Whether matrix products of a model are to be computed in bf16."
-    return any(p.dtype == torch.bfloat16 for p in model.parameters())
+    return getattr(model, 'products_in_bf16', False) or any(p.dtype == torch.bfloat16 for p in model.parameters())
 
 # %% ../nbs/04_model.ipynb #03-047
 def autocast(
@@ -184,21 +392,33 @@ def autocast(
         return torch.autocast(model.device.type, dtype=torch.bfloat16)
     return nullcontext()
 
+# %% ../nbs/04_model.ipynb #04-fg1
+def first_in_graph(
+    model,  # after `freeze`
+)->int:  # number of a layer, from 0; the number of layers where none is in the graph
+    "The lowest layer whose activations are kept for the backward pass: it trains, or something below it does."
+    layers = decoder_layers(model)
+    weight = getattr(model.get_input_embeddings(), 'weight', None)
+    if weight is not None and weight.requires_grad:
+        return 0
+    for i, layer in enumerate(layers):
+        if any(p.requires_grad for p in layer.parameters()):
+            return i
+    return len(layers)
+
 # %% ../nbs/04_model.ipynb #03-053
 def checkpoint_trained(
     model,  # after `freeze`
 )->int:  # layers whose activations are recomputed in the backward pass
-    "Activation checkpointing on the trained layers alone; the frozen ones stay out of the graph."
+    "Activation checkpointing where there is a backward pass: from the lowest trained layer on."
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=False))
     model.disable_input_require_grads()
-    n = 0
-    for layer in decoder_layers(model):
-        trained = any(p.requires_grad for p in layer.parameters())
+    layers, first = decoder_layers(model), first_in_graph(model)
+    for i, layer in enumerate(layers):
         for m in layer.modules():
             if hasattr(m, 'gradient_checkpointing'):
-                m.gradient_checkpointing = trained
-        n += trained
-    return n
+                m.gradient_checkpointing = i >= first
+    return len(layers) - first
 
 # %% ../nbs/04_model.ipynb #eb4471f0
 @dataclass
@@ -415,6 +635,40 @@ def mend_generation_config(
     except ValueError:
         config.do_sample = True  # which is what a temperature asks for
 
+# %% ../nbs/04_model.ipynb #04-ad1
+def has_adapter(
+    model,  # causal language model
+)->bool:
+    "Whether LoRA's matrices were added to a model, so that they alone are saved."
+    return bool(getattr(model, 'peft_config', None))
+
+# %% ../nbs/04_model.ipynb #04-ad2
+def check_adapter(
+    model,  # with an adapter, in memory
+    folder:Path,  # what `save_pretrained` wrote of it
+)->None:
+    "Compare an adapter with what was written."
+    saved = load_file(folder/'adapter_model.safetensors')
+    for k, t in model.get_adapter_state_dict().items():
+        there = saved.pop(f'base_model.model.{k}', None)
+        if there is None or not torch.equal(there, t.detach().cpu()):
+            raise OSError(f'{folder}: {k} was not written as it is in memory')
+    if saved:
+        raise OSError(f'{folder}: {min(saved)} was written, but is not in memory')
+
+# %% ../nbs/04_model.ipynb #04-ad3
+def mend_adapter_config(
+    folder:Path,  # what `save_pretrained` wrote of an adapter
+)->None:
+    "Name the base model by its whole path, so that it is found from anywhere, and the modules in one order."
+    path = folder/'adapter_config.json'
+    config = json.loads(path.read_text(encoding='utf-8'))
+    base = config['base_model_name_or_path']
+    if Path(base).is_dir():
+        config['base_model_name_or_path'] = str(Path(base).resolve())
+    config['target_modules'] = sorted(config['target_modules'])
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+
 # %% ../nbs/04_model.ipynb #43b5380e
 def check_saved(
     model,  # in memory
@@ -443,7 +697,7 @@ def save_model(
     folder:Path,  # appears complete or not at all
     frozen:bool=False,  # compare frozen weights too, see `check_saved`
 )->None:
-    "Save what `from_pretrained` loads with exactly the trained weights, and read it back to be sure."
+    "Save what `from_pretrained` loads with exactly the trained weights (of LoRA, the adapter), and read it back."
     folder = Path(folder)
     part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
@@ -455,9 +709,13 @@ def save_model(
         tokenizer.save_pretrained(part)
     finally:
         tokenizer.chat_template = template
-    config = json.loads((part/'config.json').read_text())
-    (part/'config.json').write_text(json.dumps(config | dict(dtype='float32'), indent=2))
-    check_saved(model, part, frozen)
+    if has_adapter(model):
+        mend_adapter_config(part)
+        check_adapter(model, part)
+    else:
+        config = json.loads((part/'config.json').read_text())
+        (part/'config.json').write_text(json.dumps(config | dict(dtype='float32'), indent=2))
+        check_saved(model, part, frozen)
     for f in (*part.iterdir(), part):
         sync(f)
     os.rename(part, folder)
@@ -480,8 +738,10 @@ def try_saving(
     out:Path,  # the folder that the result will be written beside
 )->None:
     "Save a model of few layers of the same kind, and read it back: what would fail at the end fails now."
-    small = share(model)
-    cut_layers(small, 0, one_of_each_kind(model))
+    small = model  # of an adapter, all is written: it is small
+    if not has_adapter(model):
+        small = share(model)
+        cut_layers(small, 0, one_of_each_kind(model))
     with tempfile.TemporaryDirectory(dir=out) as tmp:
         try:
             save_model(small, tokenizer, Path(tmp)/'model', frozen=True)
@@ -501,7 +761,7 @@ def memory_estimate(
     c, tokens = model.config.get_text_config(), seq_len*micro_batch_size
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    n = sum(any(p.requires_grad for p in layer.parameters()) for layer in decoder_layers(model))
+    n = len(decoder_layers(model)) - first_in_graph(model)  # layers with a backward pass
     inner = getattr(c, 'intermediate_size', None) or 4*c.hidden_size
     layer = tokens*(8*c.hidden_size + 4*inner)*2  # inputs of norms, attention and products, in bf16
     activations = layer*n
@@ -576,8 +836,14 @@ def _load(
     looks_like_folder = model_id[:1] in ('.', '/', '~') or os.sep in model_id and model_id.count('/') != 1
     if looks_like_folder and not folder.is_dir():
         raise Refused(f'{model_id}: no such model folder; give a folder with config.json, `demo`, or a hub id')
-    if folder.is_dir() and not (folder/'config.json').exists():
+    adapter = folder/'adapter_config.json'
+    if folder.is_dir() and not (folder/'config.json').exists() and not adapter.exists():
         raise Refused(f'{model_id}: not a model folder (no config.json)')
+    if adapter.exists() and not (folder/'config.json').exists():
+        base = str(json.loads(adapter.read_text(encoding='utf-8')).get('base_model_name_or_path'))
+        if os.path.isabs(base) and not Path(base).is_dir():
+            raise Refused(f'{model_id}: an adapter of {base}, which is not there; put that model back, or change '
+                          'base_model_name_or_path in adapter_config.json')
     try:
         return what(model_id, **kw)
     except Exception as e:

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from .data import Refused, cache_dir
 from .files import write_whole
-from .model import Attention, Tail, Trunk, decoder_layers, freeze, load_model, model_folder
+from .model import (Attention, Choice, Tail, Trunk, apply_choice, load_model, model_folder,
+                             resolve_choice)
 from .options import RunConfig
 from .trainer import StepCollator, on_device
 
@@ -119,15 +120,16 @@ def drops_out(
 def why_no_states(
     cfg:RunConfig,  # the options
     model,  # after `freeze`
+    choice:Choice=None,  # what trains; None: as the options say
 )->str|None:  # why nothing can be kept, or None
     "What makes keeping the frozen layers' output impossible."
-    layers = len(decoder_layers(model))
-    if cfg.n_freeze == 0:
-        return 'there are no frozen layers'
-    if cfg.n_freeze == layers:
-        return 'no layer is trained'
-    if not cfg.freeze_embed:
+    choice = choice or resolve_choice(cfg, model)
+    if choice.embed:
         return 'the embedding is trained'
+    if choice.first == 0:
+        return 'there are no frozen layers'
+    if choice.first == choice.n_layers:
+        return 'no layer is trained'
     if drops_out(model):
         return 'the frozen layers drop out at random'
     if getattr(model.config.get_text_config(), 'output_router_logits', False):
@@ -336,8 +338,10 @@ class WholeModel:
         model,  # after `freeze`
         cfg:RunConfig,  # how it was loaded and frozen
         dtype:torch.dtype,  # of its frozen part
+        choice:Choice=None,  # what trains; None: as the options say
     ):
         self.model, self.cfg, self.dtype, self.tail, self.files = model, cfg, dtype, None, None
+        self.choice = choice or resolve_choice(cfg, model)
 
     def release(self,
         tail:Tail,  # what stays in memory
@@ -365,7 +369,7 @@ class WholeModel:
             if not f.exists() or self.stamp(f) != was:
                 raise OSError(f'{f}: was changed or removed while its upper layers were trained')
         model = load_model(self.cfg.model, trust_remote_code=self.cfg.trust_remote_code)
-        freeze(model, self.cfg.n_freeze, self.cfg.freeze_embed, self.dtype, verbose=False)
+        apply_choice(model, self.choice, self.dtype)
         for name, p in self.tail.trained().items():
             module, _, attribute = name.rpartition('.')
             setattr(model.get_submodule(module), attribute, p)

@@ -88,7 +88,7 @@ def _svg(
 
 # %% ../nbs/15_report.ipynb #15-021
 CHARTS = (('Loss', 'held-out and training', [('loss', '-'), ('eval_loss', 'o-')],
-           'thin line: training; circles: held-out, over all tokens'),
+           'thin line: training; circles: held-out, over all tokens; a star: the best evaluation'),
           ('Held-out loss', 'by kind of token', [('eval_loss', 'o-'), ('eval_response_loss', 's--')],
            'circles: all tokens; squares, dashed: response tokens'),
           ('Learning rate', '', [('learning_rate', '-')], 'by optimizer step'),
@@ -109,6 +109,9 @@ def chart(
             for key, style in lines:
                 width = 1.8 if len(style) > 1 else 1
                 ax.plot(*series(r['metrics'], key), style, color=f'#c0ffe{i}', lw=width, markersize=4)
+                best = r.get('best') or {}
+                if best.get('measure') == key:
+                    ax.plot([best['step']], [best['loss']], '*', color=f'#c0ffe{i}', markersize=11)
         ax.grid(axis='y', lw=.6)
         ax.set_xlabel('step')
         ax.margins(x=.02)
@@ -150,6 +153,10 @@ def facts(
     done = max((m['step'] for m in metrics), default=0)
     out = [('steps', f"{done:,} of {p['steps']:,}" if p.get('steps') else f'{done:,}'),
            ('held-out loss', _change(metrics, 'eval_loss')), ('on responses', _change(metrics, 'eval_response_loss'))]
+    if best := r.get('best'):
+        on = 'all tokens' if best['measure'] == 'eval_loss' else 'responses'
+        saved = ', saved' if r['config'].get('final') == 'best' else ''
+        out.append((f'best{saved}', f"step {best['step']:,}: {best['loss']:.3f} on {on}"))
     if r['samples']:
         out.append(('answers that stop', _stops(r['samples'])))
     _, speed = series(metrics, 'tokens_per_second', 10**9)
@@ -252,6 +259,8 @@ def preflight_lines(
         lines.append(f"steps     {r['steps']:,} ({r['steps_per_epoch']:,} an epoch), {r['warmup_steps']} of them "
                      f"warm-up, evaluation every {r['eval_every']:,}")
     lines.append(f"model     {r['parameters']/1e6:,.2f}M parameters, {r['trainable']/1e6:,.2f}M trained")
+    if r.get('trains'):
+        lines.append(f"trains    {r['trains']}")
     if r.get('head_alone'):
         lines.append(f"warning   all {r['layers']} layers are frozen, so the head alone is trained; a lower --n-freeze "
                      'trains layers too')

@@ -6,7 +6,7 @@
 __all__ = ['LOCK', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'pack_rows', 'check_fit', 'prepare', 'fullest_row',
            'probe', 'synchronize', 'may_be_without_gradient', 'measure_step', 'decide_states', 'preflight', 'notes',
            'check', 'prepare_shape', 'go_on', 'check_disk', 'write_start', 'keep_states', 'what_trains',
-           'build_trainer', 'train_steps', 'save_result', 'what_is_left', 'finish']
+           'build_trainer', 'train_steps', 'take_best', 'save_result', 'what_is_left', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -21,15 +21,15 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from .checkpoints import (Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
-                          memory_advice, shorter_log)
+from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
+                                   lost, memory_advice, read_state, shorter_log)
 from .checkpoints import Stopped  # importable from here, as ever
 from .data import Refused, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
-from .model import (LLAMA_2_7B, Place, Tail, Trunk, decoder_layers, freeze, load_model, load_tokenizer,
-                    memory_estimate, model_shape, save_model, settle, try_saving)
+from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, has_adapter, load_model, load_tokenizer,
+                    memory_estimate, model_shape, resolve_choice, save_model, settle, try_saving)
 from .model import _load
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
@@ -48,6 +48,7 @@ class Run:
     "The parts of a run: options, rows, model, report, folder and trainer, filled in as it goes."
     cfg:RunConfig  # the options
     place:Place = None  # device, precision, processes
+    choice:Choice = None  # what trains
     tokenizer:object = None  # the model's tokenizer
     model:object = None  # after `freeze`; None while only its tail is in memory
     rows:object = None  # DatasetDict of train and test, as loaded
@@ -90,6 +91,7 @@ def train(
                 with run.trainer.saver.watch_signals():
                     train_steps(run)
                     save_result(run, run.trainer.model.tail)
+                    run.trainer.best.end()
             except Exception as e:
                 raise explained(e, cfg, out, advice, 3*run.report['memory_bytes']['trained']) or e from None
             finally:
@@ -223,10 +225,15 @@ def prepare(
     run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
     pack_rows(run, bad)
     run.model = load_model(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    if has_adapter(run.model):
+        raise Refused(f'{cfg.model}: an adapter, not a model of its own; merge it with `alpaca_ft export`, '
+                      'and train that')
     check_fit(run)
-    freeze(run.model, cfg.n_freeze, cfg.freeze_embed, run.place.dtype, verbose=False)
-    run.manifest = make_manifest(cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test)
-    run.whole = WholeModel(run.model, cfg, run.place.dtype)
+    run.choice = resolve_choice(cfg, run.model)
+    apply_choice(run.model, run.choice, run.place.dtype)
+    run.manifest = make_manifest(cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test,
+                                 run.choice)
+    run.whole = WholeModel(run.model, cfg, run.place.dtype, run.choice)
     return run
 
 # %% ../nbs/16_run.ipynb #16-039
@@ -276,8 +283,8 @@ def synchronize(
 def may_be_without_gradient(
     name:str,  # of a trained parameter
 )->bool:
-    "An expert that no token of a short piece was sent to has no gradient there; the bias of a key never has one."
-    return '.experts.' in name or name.endswith(('k_proj.bias', 'key.bias'))
+    "An expert that no token was sent to may have no gradient; the bias of a key never has, nor LoRA's A while B is 0."
+    return '.experts.' in name or '.lora_A.' in name or name.endswith(('k_proj.bias', 'key.bias'))
 
 # %% ../nbs/16_run.ipynb #16-047
 def measure_step(
@@ -316,7 +323,7 @@ def decide_states(
     run.report['prefix_cache'] = 'off'
     if cfg.prefix_cache == 'off':
         return
-    why = why_no_states(cfg, run.model)
+    why = why_no_states(cfg, run.model, run.choice)
     if why and cfg.prefix_cache != 'auto':
         raise Refused(f'prefix_cache is {cfg.prefix_cache}, but {why}; use off')
     if why:
@@ -329,7 +336,7 @@ def decide_states(
         r['prefix_says'] = 'computed each time (fewer passes than there are rows)'
         return
     try:
-        state = try_tail(run.model, cfg.n_freeze, run.train[0], run.step.attention, run.place.device)
+        state = try_tail(run.model, run.choice.first, run.train[0], run.step.attention, run.place.device)
     except Refused as e:
         if cfg.prefix_cache != 'auto':
             raise
@@ -349,11 +356,12 @@ def preflight(
     "Complete the report: parameters, memory and, measured, isolation, gradients and time. Raises `Refused`."
     cfg, model = run.cfg, run.model
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    layers = len(decoder_layers(model))
-    run.report.update(parameters=sum(n for n, _ in sizes), trainable=sum(n for n, trains in sizes if trains),
+    choice = run.choice
+    run.report.update(trains=str(choice), parameters=sum(n for n, _ in sizes),
+                      trainable=sum(n for n, trains in sizes if trains),
                       memory_bytes=memory_estimate(model, cfg.seq_len, cfg.micro_batch_size,
                                                    cfg.activation_checkpointing),
-                      head_alone=cfg.n_freeze == layers and cfg.freeze_embed, layers=layers)
+                      head_alone=not choice.layers and not choice.embed, layers=choice.n_layers)
     if measure:
         measure_step(run)
         decide_states(run)
@@ -405,7 +413,8 @@ def prepare_shape(
         with torch.device('meta'):
             run.model = AutoModelForCausalLM.from_config(config)
     dtype = torch.float32 if cfg.dtype == 'fp32' else torch.bfloat16
-    freeze(run.model, cfg.n_freeze, cfg.freeze_embed, dtype, verbose=False)
+    run.choice = resolve_choice(cfg, run.model)
+    apply_choice(run.model, run.choice, dtype)
     unknown.append('speed, isolation and gradients: measured on loaded weights only')
     try:
         run.rows, bad = load_rows(cfg)
@@ -433,7 +442,7 @@ def go_on(
         raise Refused(f'{out}: {"; ".join(found.never)}; this would be another run: give what it was, or another --out')
     if found.anyway and not cfg.resume_anyway:
         raise Refused(f'{out}: {"; ".join(found.anyway)}; give what it was, or --resume-anyway')
-    run.resume_from, lines = last_complete(out)
+    run.resume_from, lines = last_complete(out, lost)
     short = shorter_log(out, run.resume_from)
     if short:
         raise Refused(f'{out}/{short}: shorter than when {run.resume_from.name} was saved; put it back, '
@@ -453,9 +462,11 @@ def check_disk(
 )->None:
     "Refuse a disk that has no room for the result and the checkpoints."
     m = run.report['memory_bytes']
-    need = m['frozen'] + m['trained']
+    need = m['trained'] if run.cfg.method == 'lora' else m['frozen'] + m['trained']
     if run.cfg.save_every:
         need += 3*m['trained']*(run.cfg.keep + 1)
+    if run.cfg.final == 'best':
+        need += 2*m['trained']
     free = shutil.disk_usage(run.out).free
     if need > free:
         raise Refused(f'{run.out}: the result takes {gib(need)}, and {gib(free)} are free there; free some space, '
@@ -478,13 +489,13 @@ def keep_states(
     where = run.report['prefix_cache']
     if where == 'off':
         return
-    trunk = Trunk(run.model, run.cfg.n_freeze, run.step.attention)
+    trunk = Trunk(run.model, run.choice.first, run.step.attention)
     dtype, width = getattr(torch, run.report['state_dtype']), run.report['state_width']
     splits = (run.train, run.test)
     if where == 'memory':
         run.states = states_in_memory(trunk, splits, run.place.device, dtype, width)
     else:
-        name = states_name(run.manifest, run.cfg.n_freeze)
+        name = states_name(run.manifest, run.choice.first)
         run.states = states_on_disk(name, trunk, splits, run.place.device, dtype, width)
     run.train, run.test = with_row_numbers(run.train, run.test)
 
@@ -493,8 +504,8 @@ def what_trains(
     run,  # Run with model, step and states
 )->PackedLoss:  # from batch to loss
     "The module that is trained: the tail where states are kept, else the whole model with its own modules."
-    n_freeze = run.cfg.n_freeze if run.states is not None else 0
-    return PackedLoss(Tail(run.model, n_freeze, run.step.attention), run.step.head)
+    first = run.choice.first if run.states is not None else 0
+    return PackedLoss(Tail(run.model, first, run.step.attention), run.step.head)
 
 # %% ../nbs/16_run.ipynb #16-077
 def build_trainer(
@@ -514,8 +525,12 @@ def build_trainer(
     trainer = make_trainer(cfg, loss, run.tokenizer, run.train, run.test, out, [saver, metrics], tracker.report_to,
                            run.states, start)
     watch = StopAtNaN(trainer, cfg.loss_spike_stop, saver.last_good)
-    saver.trainer, saver.watch = trainer, watch
+    best = Best(out, cfg)
+    best.go_on(read_state(run.resume_from).get('best') if run.resume_from else None)
+    saver.trainer, saver.watch, saver.best, best.trainer = trainer, watch, best, trainer
     trainer.add_callback(watch)
+    if best.asked:
+        trainer.add_callback(best)
     if run.states is not None:
         run.model = None
         run.whole.release(loss.tail)
@@ -524,16 +539,34 @@ def build_trainer(
                                          out/'samples.jsonl', run.whole.use, max_prompt_tokens=cfg.seq_len))
     for cb in (*tracker.callbacks, ReportCB(out), *callbacks):
         trainer.add_callback(cb)
-    trainer.saver, trainer.metrics_bar = saver, metrics
+    trainer.saver, trainer.metrics_bar, trainer.best = saver, metrics, best
     return trainer
 
 # %% ../nbs/16_run.ipynb #16-078
 def train_steps(
     run,  # Run with its trainer
 )->None:
-    "All optimizer steps, from the one on at which the run stands."
-    if run.trainer.start < run.report['steps']:  # a checkpoint of the last step leaves nothing to train
-        run.trainer.train()
+    "All optimizer steps, from the one on at which the run stands; fewer where `patience` ends it."
+    trainer, best = run.trainer, run.trainer.best
+    if trainer.start < run.report['steps'] and not best.enough:  # a checkpoint of the last step leaves nothing to train
+        trainer.train()
+    trainer.metrics_bar.close()
+    if best.enough:
+        step = max(trainer.start, trainer.state.global_step)
+        print(f'patience: no evaluation since step {best.step} was better, so the run ends after step {step} '
+              f"of {run.report['steps']}", file=sys.stderr)
+
+# %% ../nbs/16_run.ipynb #16-tb1
+def take_best(
+    run,  # Run whose training has ended
+    tail:Tail,  # that was trained
+)->None:
+    "Put the weights of the best evaluation in the place of the last ones, and say which they are."
+    best = run.trainer.best
+    best.restore(tail.trained())
+    where = 'response tokens' if run.cfg.loss_on == 'response' else 'all tokens'
+    print(f'final: the model of step {best.step}, whose held-out loss on {where} was the lowest ({best.loss:.4f})',
+          file=sys.stderr)
 
 # %% ../nbs/16_run.ipynb #16-080
 def save_result(
@@ -542,6 +575,8 @@ def save_result(
 )->None:
     "Write RUN/model; if that cannot be, the trained weights alone, so that a finished training is never lost."
     try:
+        if run.cfg.final == 'best':
+            take_best(run, tail)
         with run.whole.use() as model:
             save_model(model, run.tokenizer, run.out/'model')
             run.model = model

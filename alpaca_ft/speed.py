@@ -198,7 +198,7 @@ class LinearLoss(torch.autograd.Function):
         g[n:] = 0
         dh = (g @ w)[:n]
         del p, w, logits
-        dw = g.T @ h
+        dw = g.T @ h if ctx.needs_input_grad[1] else None  # a frozen head needs none, a third of the work
         ctx.weight = weight
         ctx.save_for_backward(dh, dw)
         return loss
@@ -207,7 +207,9 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx, out):
         dh, dw = ctx.saved_tensors
         if out.device.type != 'cpu' or out != 1:
-            dh, dw = dh*out, dw*out
+            dh, dw = dh*out, None if dw is None else dw*out
+        if dw is None:
+            return dh, None, None, None
         grad = ctx.weight.grad
         if grad is None or torch.distributed.is_initialized():
             return dh, dw.to(ctx.weight.dtype), None, None
@@ -393,7 +395,8 @@ def choose_step(
         why = ' '.join(str(e).split())[:160]
         if 'memory' in why or 'ALLOC' in why:
             raise
-        raise Refused(f'{type(model).__name__}: no training step can be computed ({why}); use another model') from None
+        raise Refused(f'{type(model).__name__}: a training step cannot be computed ({why}); '
+                      'use another model') from None
     loss_limit, gradient_limit = (0.02, 0.15) if in_bf16(model) else (1e-4, 1e-3)
     for step in steps:
         try:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELP', 'SETTINGS', 'DTYPES', 'load_both', 'ask_rows', 'sample', 'turn_ids', 'conversation_ids', 'Show',
            'stream_answer', 'read_message', 'chat', 'table', 'verbatim', 'measured', 'model_card', 'check_written',
-           'export', 'push_to_hub', 'push_to_wandb']
+           'merged_model', 'export', 'push_to_hub', 'push_to_wandb']
 
 # %% ../nbs/17_use.ipynb #17-003
 import json
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from .data import Refused, read_rows, row_problem
 from .evaluate import comparison_lines, find_model
 from .files import append_jsonl, read_run
-from .model import autocast, compute_dtype, load_model, load_tokenizer
+from .model import autocast, compute_dtype, has_adapter, load_model, load_tokenizer
 from .prompts import create_prompt_no_answer, prompt_ids, prompt_input, prompt_no_input
 from .report import facts
 from .sampling import as_found, fit_prompt, generate_all, generation_config, visible
@@ -234,8 +234,8 @@ def measured(
     return [f'Against {others}:' if others else 'Measured:', verbatim('\n'.join(comparison_lines(found['measures'])))]
 
 # %% ../nbs/17_use.ipynb #17-058
-SETTINGS = ('seq_len', 'batch_size', 'epochs', 'max_steps', 'lr', 'warmup', 'loss_on', 'n_freeze', 'freeze_embed',
-            'seed')  # that a model card shows
+SETTINGS = ('seq_len', 'batch_size', 'epochs', 'max_steps', 'lr', 'warmup', 'loss_on', 'method', 'n_freeze',
+            'layers', 'freeze_embed', 'seed')  # that a model card shows
 
 # %% ../nbs/17_use.ipynb #17-059
 def model_card(
@@ -256,12 +256,16 @@ def model_card(
         digest = (config.get('manifest') or {}).get('data', '?')
         about_data += (f": {data['examples']:,} rows, {data['tokens']:,} tokens; sha256 of these and the held-out rows "
                        f'begins with {digest}.')
+    how = dict(lora='tuned with LoRA', full='tuned').get(config.get('method'), 'freeze-tuned')
+    what = f"the first {config['n_freeze']} layers"
+    if trains := r['preflight'].get('trains'):
+        what = f'what trained is {trains}; all other weights'
     licence = 'Both are Apache-2.0.' if free else 'Read both before you pass the model on.'
     return '\n\n'.join([
         f'---\n{yaml.safe_dump(head, sort_keys=False)}---',
         f"# {r['name']}",
-        f"{base}, freeze-tuned on instructions in the Alpaca format with alpaca_ft {config['versions']['alpaca_ft']}: "
-        f"the first {config['n_freeze']} layers stayed as they were. Weights in {dtype}.",
+        f"{base}, {how} on instructions in the Alpaca format with alpaca_ft {config['versions']['alpaca_ft']}: "
+        f"{what} stayed as they were. Weights in {dtype}.",
         '## Data',
         about_data,
         '## Template',
@@ -294,6 +298,18 @@ def check_written(
 # %% ../nbs/17_use.ipynb #17-066
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)  # that weights are exported in
 
+# %% ../nbs/17_use.ipynb #17-mm2
+def merged_model(
+    folder,  # an adapter, as a run leaves it
+    dtype:torch.dtype,  # of the weights
+    trust_remote_code:bool=False,  # run Python code that comes with the base model
+):  # a model without an adapter
+    "The base model with the adapter's products added to its weights."
+    from peft import PeftConfig, PeftModel
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    model = load_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().to(dtype)
+
 # %% ../nbs/17_use.ipynb #17-067
 def export(
     run,  # a run folder
@@ -314,6 +330,8 @@ def export(
         raise Refused(f'{to}: exists already; give another --to, or remove it')
     trust = trust_remote_code or config.get('trust_remote_code', False)
     model, tokenizer, _ = load_both(run, DTYPES[dtype], trust)
+    if has_adapter(model):
+        model = merged_model(name, DTYPES[dtype], trust)
     part = to.with_name(to.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
