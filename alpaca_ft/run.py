@@ -48,7 +48,6 @@ class Run:
     "The parts of a run: options, rows, model, report, folder and trainer, filled in as it goes."
     cfg:RunConfig  # the options
     place:Place = None  # device, precision, processes
-    choice:Choice = None  # what trains
     tokenizer:object = None  # the model's tokenizer
     model:object = None  # after `freeze`; None while only its tail is in memory
     rows:object = None  # DatasetDict of train and test, as loaded
@@ -62,6 +61,7 @@ class Run:
     out:Path = None  # the run folder
     resume_from:Path = None  # the checkpoint to go on from
     trainer:object = None  # TRL's trainer
+    choice:Choice = None  # what trains
 
 # %% ../nbs/16_run.ipynb #16-008
 def train(
