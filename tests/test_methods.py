@@ -172,6 +172,7 @@ def slow_ratio(weight):
 
 def test_spectrum(here, tied, rows):
     "Its matrices are those of a slow computation of our own; the lowest one's layer decides what is kept."
+    from alpaca_ft.model import signal_to_noise
     model = load(tied)
     with torch.no_grad():
         for i, scale in enumerate((10., 1., 1., 2.)):  # the ratio falls with the size, so layer 0 is not among them
@@ -184,6 +185,8 @@ def test_spectrum(here, tied, rows):
     for kind in [k for k, m in model.model.layers[0].named_modules() if isinstance(m, torch.nn.Linear)]:
         names = [f'model.layers.{i}.{kind}' for i in range(4)]
         ratios = {k: slow_ratio(model.get_submodule(k).weight) for k in names}
+        for k in names:
+            assert signal_to_noise(model.get_submodule(k).weight) == pytest.approx(ratios[k], rel=1e-3), k
         expected |= set(sorted(names, key=lambda k: -ratios[k])[:2])
     run = train(run_config('./model', rows, 'run', layers='spectrum:0.5', prefix_cache='memory'))
     assert set(run.choice.matrices) == expected and len(expected) == 14
@@ -526,6 +529,19 @@ def test_patience(here, few, command):
     assert [x for x in err.splitlines() if x.startswith('patience')] == [line], err
     assert Path('run/model/model.safetensors').exists() and not Path('run/checkpoints').exists()
     assert 'best</' in Path('run/report.html').read_text() and not Path('run/best').exists()
+
+
+def test_resumed_where_patience_had_ended(here, few):
+    "Killed between the last step and the writing of the result: no step more is taken."
+    kw = dict(few=few, save_every=1, patience=2, max_steps=12)
+    train(best_config(out='run', **kw))
+    last = max(held_out('run'))
+    assert last < 12 and Path(f'run/checkpoints/step-{last}').exists()
+    shutil.copytree('run', 'again')
+    shutil.rmtree('again/model')
+    train(best_config(out='again', resume=True, **kw))
+    same_files('again/model', 'run/model')
+    assert losses('again') == losses('run')
 
 
 def test_signal_keeps_the_best(here, few):
