@@ -742,13 +742,17 @@ def try_saving(
     if not has_adapter(model):
         small = share(model)
         cut_layers(small, 0, one_of_each_kind(model))
-    with tempfile.TemporaryDirectory(dir=out) as tmp:
-        try:
-            save_model(small, tokenizer, Path(tmp)/'model', frozen=True)
-        except Exception as e:
-            why = ' '.join(str(e).replace(tmp, '').split())[:200]
-            raise Refused(f'{type(model).__name__}: the trained model could not be saved ({why}); '
-                          'use another model, or free some space') from None
+    part = Path(out)/'saving.part'  # a run that is killed here leaves it, and the next one removes it
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        save_model(small, tokenizer, part/'model', frozen=True)
+    except Exception as e:
+        why = ' '.join(str(e).replace(str(part), '').split())[:200]
+        raise Refused(f'{type(model).__name__}: the trained model could not be saved ({why}); '
+                      'use another model, or free some space') from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/04_model.ipynb #03-066
 def memory_estimate(

@@ -635,3 +635,13 @@ def test_line_separators_in_answers(tmp_path):
     rows = [dict(generation='one\u2028two\u2029three\x85four'), dict(generation='next')]
     append_jsonl(tmp_path/'samples.jsonl', rows)
     assert read_jsonl(tmp_path/'samples.jsonl') == rows
+
+
+def test_killed_while_saving_is_tried(here, tiny, rows, command):
+    "The folder holds nothing of a run yet: it can be started there, with --resume and without."
+    args = ['train', '--model', tiny, '--data', rows, *OPTIONS, '--max-steps', 1, '--out', 'run']
+    for more in (['--resume'], []):
+        Path('run/saving.part/model.part').mkdir(parents=True)
+        code, out, err = command(*args, *more)
+        assert code == 0 and not Path('run/saving.part').exists(), err
+        shutil.rmtree('run')
