@@ -22,7 +22,7 @@ import yaml
 from safetensors.torch import save_file
 
 from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
-                                   lost, memory_advice, read_state, shorter_log)
+                                   lost, memory_advice, read_state, shorter_log, tidy)
 from .checkpoints import Stopped  # importable from here, as ever
 from .data import Refused, shared_rows
 from .evaluate import load_rows
@@ -522,6 +522,7 @@ def build_trainer(
     start = int(run.resume_from.name[5:]) if run.resume_from else 0
     if run.resume_from:
         saver.restore_weights(loss.tail.trained())
+        tidy(out, cfg.keep, start)  # what a kill in the middle of a save or of tidying left
     metrics = Metrics(out/'metrics.jsonl', run.report['steps_per_epoch'])
     trainer = make_trainer(cfg, loss, run.tokenizer, run.train, run.test, out, [saver, metrics], tracker.report_to,
                            run.states, start)
