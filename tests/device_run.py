@@ -8,6 +8,8 @@ import json
 import os
 import sys
 
+import torch
+
 import standin
 
 standin.register(double=sys.argv[1] == 'double')
@@ -49,6 +51,7 @@ def child(order):
     "What a forked child does: it takes its place, its files and its environment, and ends with the command."
     code = 1
     try:
+        torch.set_num_threads(1)  # PyTorch's thread pool is new after a fork; threads would race for it
         os.chdir(order['cwd'])
         os.environ |= order['env']
         os.dup2(os.open(order['input'], os.O_RDONLY), 0)

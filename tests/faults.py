@@ -104,7 +104,10 @@ def child(work):
     pid = os.fork()
     if pid == 0:
         code = 1
-        try: code = work() or 0
+        try:
+            import torch
+            torch.set_num_threads(1)  # PyTorch's thread pool is new after a fork; threads would race for it
+            code = work() or 0
         except BaseException:
             import traceback; traceback.print_exc()
         finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
