@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
            'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'freeze', 'chosen_layers',
-           'signal_to_noise', 'layer_matrices', 'spectrum', 'lora_modules', 'resolve_choice', 'in_bf16', 'autocast',
-           'first_in_graph', 'checkpoint_trained', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart',
-           'Trunk', 'Tail', 'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config',
-           'check_saved', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape',
-           'model_folder']
+           'signal_to_noise', 'layer_matrices', 'spectrum', 'lora_modules', 'check_rotate', 'resolve_choice',
+           'layer_weights', 'drawn', 'at_work', 'in_bf16', 'autocast', 'first_in_graph', 'checkpoint_trained', 'Place',
+           'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config',
+           'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved', 'save_model', 'one_of_each_kind',
+           'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -347,6 +347,17 @@ def lora_modules(
                       'freeze fewer layers, or give other lora_targets')
     return found
 
+# %% ../nbs/04_model.ipynb #04-li0
+def check_rotate(
+    cfg:RunConfig,  # rotate
+    layers:list,  # numbers of the layers that train
+    name:str,  # of the model, for a refusal
+)->None:
+    "Refuse layers that rotate where none would ever rest; raises `Refused`."
+    if cfg.rotate and cfg.rotate >= len(layers):
+        raise Refused(f'rotate is {cfg.rotate}, but {len(layers)} layers of {name} train; give fewer, '
+                      'or leave rotate out')
+
 # %% ../nbs/04_model.ipynb #04-re2
 def resolve_choice(
     cfg:RunConfig,  # method, n_freeze, layers, train_head, freeze_embed, and what LoRA needs
@@ -357,12 +368,14 @@ def resolve_choice(
     if model.get_output_embeddings() is None:
         raise Refused(f'{name} has no output head to train; use a ...ForCausalLM model')
     if cfg.method == 'full':
+        check_rotate(cfg, list(range(n)), name)
         return Choice(list(range(n)), n, embed=True, method='full')
     if (cfg.layers or '').startswith('spectrum:'):
         found = spectrum(model, float(cfg.layers.partition(':')[2]))
         matrices, layers = list(found), sorted(set(found.values()))
     else:
         layers = chosen_layers(cfg, n, name)
+    check_rotate(cfg, layers, name)
     if cfg.method == 'lora':
         matrices = lora_modules(cfg, model, layers, matrices)
         return Choice(layers, n, False, False, matrices, 'lora', cfg.lora_rank, cfg.lora_alpha, cfg.seed)
@@ -375,6 +388,47 @@ def resolve_choice(
         raise Refused(f'the embedding of {name} is its head too, and train_head is false; leave one of '
                       '--no-freeze-embed and --no-train-head out')
     return choice
+
+# %% ../nbs/04_model.ipynb #04-li2
+def layer_weights(
+    model,  # after `freeze`
+)->list:  # lists of parameters
+    "The parameters that train in each layer that has any."
+    found = []
+    for layer in decoder_layers(model):
+        weights = [p for p in layer.parameters() if p.requires_grad]
+        if weights:
+            found.append(weights)
+    return found
+
+# %% ../nbs/04_model.ipynb #04-li3
+def drawn(
+    period:int,  # counted from 0
+    n:int,  # layers that take part
+    size:int,  # of them at a time
+    seed:int,  # of the run
+)->list:  # numbers from 0 to n - 1, sorted
+    "Which layers train in a period; it depends on nothing that happened before."
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + period))
+    return sorted(order[:size].tolist())
+
+# %% ../nbs/04_model.ipynb #04-li7
+@contextmanager
+def at_work(
+    model,  # after `freeze`
+    cfg:RunConfig,  # rotate
+):
+    "Inside, only as many of the layers train as at any step; the lowest ones."
+    resting = layer_weights(model)[cfg.rotate:] if cfg.rotate else []
+    for weights in resting:
+        for p in weights:
+            p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weights in resting:
+            for p in weights:
+                p.requires_grad_(True)
 
 # %% ../nbs/04_model.ipynb #4344fdd9
 def in_bf16(
@@ -579,6 +633,7 @@ class Tail(nn.Module):
         if attention and attention.name:
             self.model.set_attn_implementation(attention.name)
         self.names = {p: names[p] for p in self.model.parameters()}  # each parameter's name in the whole model
+        self.trains = {name for p, name in self.names.items() if p.requires_grad}  # some may rest for a while
         self.config = self.model.config
 
     @property
@@ -588,7 +643,7 @@ class Tail(nn.Module):
 
     def trained(self):
         "The parameters that train, by their names in the whole model."
-        return {self.names[p]: p for p in self.parameters() if p.requires_grad}
+        return {self.names[p]: p for p in self.parameters() if self.names[p] in self.trains}
 
     def inputs(self, position_ids, document_lengths, input_ids=None, kept_states=None):
         "The arguments of the model's own forward pass, and where documents went if they have rows of their own."

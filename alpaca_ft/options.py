@@ -41,6 +41,9 @@ class RunConfig:
                           'three quarters', least=0, shown='N|PART|auto')
     layers:str = option(None, 'layers that train, in place of n_freeze, counted from 0: `8-15`, `last:6`, or '
                         '`spectrum:0.25`, the quarter of the matrices with the most signal for their noise')
+    rotate:int = option(None, 'of the layers that train so many at a time, drawn anew again and again (LISA); none: all '
+                        'at once', least=1)
+    rotate_every:int = option(None, 'optimizer steps until others are drawn; none: a tenth of the run', least=1)
     train_head:bool = option(None, 'train the output head; none: yes, but not with lora')
     freeze_embed:bool = option(True, 'keep the input embedding frozen too')
     lora_rank:int = option(16, 'columns of one small matrix, and rows of the other', least=1)
@@ -158,6 +161,8 @@ def check_choice(
     if cfg.method == 'lora' and (cfg.train_head or not cfg.freeze_embed):
         raise Refused('method is lora, which leaves head and embedding as they are; leave train_head and freeze_embed '
                       'out')
+    if cfg.rotate_every and not cfg.rotate:
+        raise Refused(f'rotate_every is {cfg.rotate_every}, but nothing rotates; give --rotate too')
     for name in ('lora_rank', 'lora_alpha', 'lora_targets'):
         if cfg.method != 'lora' and getattr(cfg, name) != getattr(RunConfig, name):
             raise Refused(f'{name} is {getattr(cfg, name)}, but method is {cfg.method}; give --method lora')

@@ -28,8 +28,8 @@ from .data import Refused, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
-from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, has_adapter, load_model, load_tokenizer,
-                    memory_estimate, model_shape, resolve_choice, save_model, settle, try_saving)
+from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, at_work, has_adapter, load_model,
+                    load_tokenizer, memory_estimate, model_shape, resolve_choice, save_model, settle, try_saving)
 from .model import _load
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
@@ -40,7 +40,7 @@ from .report import ReportCB, preflight_lines
 from .sampling import LLMSampleCB
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
-from .trainer import Metrics, PackedLoss, StopAtNaN, StepCollator, make_trainer, on_device, quiet
+from .trainer import Metrics, PackedLoss, Rotate, StopAtNaN, StepCollator, make_trainer, on_device, quiet
 
 # %% ../nbs/16_run.ipynb #16-006
 @dataclass
@@ -81,7 +81,8 @@ def train(
         try_saving(run.model, run.tokenizer, out)
         if not run.resume_from:
             write_start(run)
-        advice = memory_advice(cfg, run.model)
+        with at_work(run.model, cfg):
+            advice = memory_advice(cfg, run.model)
         with Tracker(cfg, out, run.manifest) as tracker:
             try:
                 keep_states(run)
@@ -93,7 +94,7 @@ def train(
                     save_result(run, run.trainer.model.tail)
                     run.trainer.best.end()
             except Exception as e:
-                raise explained(e, cfg, out, advice, 3*run.report['memory_bytes']['trained']) or e from None
+                raise explained(e, cfg, out, advice, 12*run.report['trainable']) or e from None
             finally:
                 finish(run)
             tracker.log_model(out/'model')
@@ -358,13 +359,16 @@ def preflight(
     cfg, model = run.cfg, run.model
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     choice = run.choice
-    run.report.update(trains=str(choice), parameters=sum(n for n, _ in sizes),
+    rotate = f', {cfg.rotate} of the layers at a time' if cfg.rotate else ''
+    run.report.update(trains=f'{choice}{rotate}', parameters=sum(n for n, _ in sizes),
                       trainable=sum(n for n, trains in sizes if trains),
-                      memory_bytes=memory_estimate(model, cfg.seq_len, cfg.micro_batch_size,
-                                                   cfg.activation_checkpointing),
                       head_alone=not choice.layers and not choice.embed, layers=choice.n_layers)
+    with at_work(model, cfg):
+        run.report['memory_bytes'] = memory_estimate(model, cfg.seq_len, cfg.micro_batch_size,
+                                                     cfg.activation_checkpointing)
+        if measure:
+            measure_step(run)
     if measure:
-        measure_step(run)
         decide_states(run)
     return run.report
 
@@ -462,12 +466,12 @@ def check_disk(
     run,  # Run with report and folder
 )->None:
     "Refuse a disk that has no room for the result and the checkpoints."
-    m = run.report['memory_bytes']
-    need = m['trained'] if run.cfg.method == 'lora' else m['frozen'] + m['trained']
+    m, trained = run.report['memory_bytes'], 4*run.report['trainable']
+    need = trained if run.cfg.method == 'lora' else m['frozen'] + m['trained']
     if run.cfg.save_every:
-        need += 3*m['trained']*(run.cfg.keep + 1)
+        need += 3*trained*(run.cfg.keep + 1)
     if run.cfg.final == 'best':
-        need += 2*m['trained']
+        need += 2*trained
     free = shutil.disk_usage(run.out).free
     if need > free:
         raise Refused(f'{run.out}: the result takes {gib(need)}, and {gib(free)} are free there; free some space, '
@@ -531,6 +535,8 @@ def build_trainer(
     best.go_on(read_state(run.resume_from).get('best') if run.resume_from else None)
     saver.trainer, saver.watch, saver.best, best.trainer = trainer, watch, best, trainer
     trainer.add_callback(watch)
+    if cfg.rotate:
+        trainer.add_callback(Rotate(trainer, cfg, run.report['steps']))
     if best.asked:
         trainer.add_callback(best)
     if run.states is not None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sft_config', 'EpochOrder', 'rows_of_step', 'MicroBatches', 'where_to_predict', 'StepCollator', 'on_device',
            'token_losses', 'PackedLoss', 'row_sums', 'PackedSFTTrainer', 'LastEvaluation', 'make_trainer', 'Diverged',
-           'StopAtNaN', 'Metrics', 'quiet', 'run_collator']
+           'StopAtNaN', 'Rotate', 'Metrics', 'quiet', 'run_collator']
 
 # %% ../nbs/07_trainer.ipynb #07-003
 import math
@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from .files import append_jsonl
-from .model import Tail, checkpoint_trained
+from .model import Tail, checkpoint_trained, drawn, layer_weights
 from .options import RunConfig, plan
 from .packing import PackedCollator
 from .options import CHOICES, PRESETS, check_options, option_help, read_config  # importable from here, as ever
@@ -376,6 +376,38 @@ class StopAtNaN(TrainerCallback):
             good = f'; {self.last_good()}' if self.last_good else ''
             raise Diverged(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}. "
                            f'Try a lower --lr{good}')
+
+# %% ../nbs/07_trainer.ipynb #07-li2
+class Rotate(TrainerCallback):
+    "Of the layers that train so many at a time, drawn anew after every so many steps."
+    def __init__(self,
+        trainer:PackedSFTTrainer,  # the trainer that the callback is added to
+        cfg:RunConfig,  # rotate, rotate_every, seed
+        steps:int,  # of the run
+    ):
+        self.trainer, self.cfg, self.period = trainer, cfg, None
+        self.every = cfg.rotate_every or math.ceil(steps/10)
+        self.layers = layer_weights(trainer.model.tail.model)
+
+    def set(self, numbers):
+        "Let these layers train and all others rest."
+        for i, weights in enumerate(self.layers):
+            for p in weights:
+                p.requires_grad_(i in numbers)
+                if i not in numbers:
+                    p.grad = None
+                    self.trainer.optimizer.state.pop(p, None)
+
+    def on_step_begin(self, args, state, control, **kw):
+        period = state.global_step//self.every
+        if period != self.period:
+            self.period = period
+            self.set(drawn(period, len(self.layers), self.cfg.rotate, self.cfg.seed))
+
+    def on_train_end(self, args, state, control, **kw):
+        for weights in self.layers:
+            for p in weights:
+                p.requires_grad_(True)
 
 # %% ../nbs/07_trainer.ipynb #07-084
 class Metrics(TrainerCallback):

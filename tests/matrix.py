@@ -38,6 +38,7 @@ import transformers
 import alpaca_ft
 
 SEED, SEQ_LEN, BATCH_SIZE, EPOCHS, LR, WARMUP, N_FREEZE = 42, 128, 2, 2, 1e-3, 0.1, 2
+ROTATE_EVERY = 3  # steps until another layer trains; a killed run goes on in the middle of them
 EVAL_EVERY = 3  # optimizer steps between evaluations
 SAVE_EVERY = 2  # optimizer steps between the checkpoints of a run that is killed
 KILLED_AT = 4  # the optimizer step before which it is killed: one step is lost, and an evaluation with it
@@ -165,7 +166,7 @@ OPTIONS = dict(
     dtype=['fp32', 'bf16'],
     killed=[False, True],
     generation=['new', 'old'],
-    choice=['freeze', 'middle', 'lora'],
+    choice=['freeze', 'middle', 'lora', 'rotate'],
 )  # option of a cell: its choices
 
 REFUSED = [
@@ -189,7 +190,7 @@ class Cell:
     dtype: str
     killed: bool  # killed past the first checkpoint, and resumed
     generation: str  # `old`: the model has a generation_config.json that is no longer valid, as old copies of Llama 2
-    choice: str  # what trains: `freeze` the last layers and the head, `middle` two layers alone, `lora` on the last ones
+    choice: str  # what trains: the last layers and the head (`freeze`), one at a time (`rotate`), two in the `middle`, `lora`
 
     def __str__(self):
         words = [self.family, f'prefix={self.prefix}', f'ac={self.ac}', f'loss={self.loss}', f'micro={self.micro}']
@@ -318,7 +319,7 @@ def frozen_model(folder, family, dtype, choice):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder/'models'/family/'new').eval()
     head, layers = model.get_output_embeddings(), decoder_layers(model)
     model.requires_grad_(False)
-    if choice == 'freeze':
+    if choice in ('freeze', 'rotate'):
         if head.weight is model.get_input_embeddings().weight:
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
         for module in (head, *layers[N_FREEZE:]):
@@ -369,6 +370,16 @@ def size(tensors):
     return math.sqrt(sum(t.detach().double().square().sum().item() for t in tensors))
 
 
+def let_one_train(layers, step, optimizer):
+    "One of the layers trains in a step, another after each two; the optimizer forgets the others."
+    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(SEED + step//ROTATE_EVERY)).tolist()
+    for i, layer in enumerate(layers):
+        for p in layer.parameters():
+            p.requires_grad_(i == order[0])
+            if i != order[0]:
+                optimizer.state.pop(p, None)
+
+
 def train_plainly(folder, family, on, dtype, choice):
     "What a run must find: losses and norms of the steps, held-out losses around them, what trains, what moved."
     train, test = packed_rows(folder, family)
@@ -381,7 +392,9 @@ def train_plainly(folder, family, on, dtype, choice):
     optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, round(len(order)*WARMUP), len(order))
     losses, norms, held_out = [], [], []
-    for numbers in order:
+    for step, numbers in enumerate(order):
+        if choice == 'rotate':
+            let_one_train(decoder_layers(model)[N_FREEZE:], step, optimizer)
         held_out.append([mean_loss(model, test, 'all', dtype), mean_loss(model, test, 'response', dtype)])
         sums = [loss_and_tokens(model, train[i], on, dtype) for i in numbers]
         loss = sum(loss for loss, n in sums)/sum(n for loss, n in sums)
@@ -414,6 +427,8 @@ def choice_options(cell):
     "The options of what trains."
     if cell.choice == 'middle':
         return dict(layers='1-2', train_head=False)
+    if cell.choice == 'rotate':
+        return dict(n_freeze=N_FREEZE, rotate=1, rotate_every=ROTATE_EVERY)
     return dict(n_freeze=N_FREEZE, method=cell.choice)
 
 

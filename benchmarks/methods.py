@@ -1,0 +1,605 @@
+"""Which way to tune? Every choice of what trains, at equal seconds and at equal memory, its learning rate swept.
+
+What the libraries lack: each measures its own method, at settings that were chosen for it. Here a choice (an arm) gets
+as many steps as fit into the same seconds, at the best of its own learning rates, and is measured on rows that neither
+the training nor the choice of the rate has seen.
+
+usage: methods.py --out RESULT.json [--rows builtin FILE ...] [--minutes 60]   (stopped, it goes on by the same command)
+       methods.py --out RESULT.json --show                                     (the tables of what is there)
+
+1. Time: seconds a step, seconds a row through the frozen layers, and peak memory of each arm, on a quiet machine.
+2. Sweep: each arm at three rates or more, half of the seconds, one seed; the best by the loss of validation rows.
+3. Seeds: the best rate with all of the seconds, three seeds, measured on test rows.
+4. Curve: a quarter of the seconds too. Memory: arms that need more than the default get recomputed activations.
+5. Time to quality: the arms that came first, at parts of the seconds, three seeds.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+here = Path(__file__).resolve().parent
+SOUP = here/'.envs'/'soup'/'bin'/'python'
+SEQ_LEN = 1024
+N_ROWS = dict(train=240, validation=60, test=150)  # of a file; of fewer rows the test part gets what is left
+RATES = dict(freeze=(5e-5, 1.5e-4, 5e-4), lora=(3e-4, 1e-3, 3e-3), full=(2e-5, 6e-5, 2e-4))
+STEP = 3.  # between neighbouring rates; a best rate at the edge is followed by one more
+PARTS = (1/4, 1/3, 1/2)  # of the seconds, for the time to quality
+PEER = 'TRL, LoRA on all layers'  # its epoch sets the seconds, its loss the quality
+DEFAULT = 'last 6 and head'  # its peak memory is the limit of the second table
+
+# what an arm gives to `alpaca_ft train`; `kept`: the output of the layers below is kept
+ARMS = {
+    DEFAULT: dict(kept=True, kind='freeze', options=dict(n_freeze=24)),
+    'last 6 and head, loss on all': dict(kept=True, kind='freeze', options=dict(n_freeze=24, loss_on='all')),
+    'last 6': dict(kept=True, kind='freeze', options=dict(n_freeze=24, train_head=False)),
+    'middle 6': dict(kept=True, kind='freeze', options=dict(layers='12-17', train_head=False)),
+    'Spectrum, a quarter': dict(kept=False, kind='freeze', options=dict(layers='spectrum:0.25', train_head=False)),
+    'LoRA on the last 6': dict(kept=True, kind='lora', options=dict(method='lora')),
+    'LoRA on the last 15': dict(kept=True, kind='lora', options=dict(method='lora', n_freeze=15)),
+    'LoRA on all layers': dict(kept=False, kind='lora', options=dict(method='lora', n_freeze=0)),
+    'full': dict(kept=False, kind='full', options=dict(method='full')),
+    PEER: dict(kind='lora', peer='trl'),
+    'Soup, freeze_layers': dict(kind='freeze', peer='soup', method='freeze_layers'),
+    'Soup, LISA': dict(kind='freeze', peer='soup', method='lisa'),
+    'Soup, Spectrum': dict(kind='freeze', peer='soup', method='spectrum'),
+}
+
+
+def say(*words):
+    "A line for whoever waits."
+    print(time.strftime('%H:%M'), *words, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- one job, in a process of its own
+
+def watcher():
+    "A callback of a transformers trainer that keeps the seconds of each step and the peak of memory."
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        "Nothing is evaluated meanwhile."
+
+        def __init__(self):
+            self.seconds, self.begin, self.peak = [], None, 0
+
+        def on_train_begin(self, args, state, control, **kw):
+            args.eval_on_start = False
+
+        def on_step_begin(self, args, state, control, **kw):
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kw):
+            self.seconds.append(time.perf_counter() - self.begin)
+            self.peak = peak_mib()
+            control.should_evaluate = False
+
+    return Watch()
+
+
+def peak_mib():
+    "The most memory that this process has had, in MiB."
+    from probe import memory
+    return memory('VmHWM')
+
+
+def train_ours(spec, folder):
+    "A run of this package without evaluations and samples; the model is in folder/run/model."
+    from alpaca_ft import prefix, run
+    from alpaca_ft.options import RunConfig
+    watch, fill, inner = watcher(), [0.], run.keep_states
+
+    def keep_states(r):
+        "Time the pass through the frozen layers."
+        begin = time.perf_counter()
+        inner(r)
+        fill[0] = time.perf_counter() - begin
+
+    run.keep_states = keep_states
+    options = dict(loss_on='response', activation_checkpointing=spec['recompute']) | spec['options']
+    cfg = RunConfig(data=str(folder/'train.json'), eval_data=str(folder/'validation.json'), out=str(folder/'run'),
+                    max_steps=spec['steps'], lr=spec['lr'], seed=spec['seed'], dtype=spec['dtype'], seq_len=SEQ_LEN,
+                    n_samples=0, eval_every=10**6, prefix_cache='memory' if spec['kept'] else 'off', **options)
+    done = run.train(cfg, [watch])
+    fill = fill[0]/(len(done.train) + len(done.test))
+    return dict(seconds=watch.seconds, peak=watch.peak, fill=fill, packed=len(done.train),
+                trains=done.report['trains'], trainable=done.report['trainable'])
+
+
+def train_trl(spec, folder):
+    "TRL's SFTTrainer with peft, as its documentation has it: prompt and completion, packing, LoRA on all linear layers."
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+    from alpaca_ft.model import model_folder
+    from contenders import prompt
+    name = str(model_folder('demo'))
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    rows = []
+    for row in json.loads((folder/'train.json').read_text()):
+        given = prompt(row | dict(output=''))
+        rows.append(dict(prompt=given, completion=row['output']))
+    args = SFTConfig(output_dir=str(folder/'trl'), packing=True, max_length=SEQ_LEN, per_device_train_batch_size=1,
+                     max_steps=spec['steps'], learning_rate=spec['lr'], bf16=spec['dtype'] == 'bf16', report_to=[],
+                     lr_scheduler_type='cosine', warmup_steps=round(spec['steps']*.1), seed=spec['seed'],
+                     save_strategy='no', disable_tqdm=True, use_cpu=True, eos_token=tokenizer.eos_token)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', task_type='CAUSAL_LM')
+    watch = watcher()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype='auto')
+    trainer = SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                         peft_config=lora, callbacks=[watch])
+    packed = len(trainer.train_dataset)
+    trainer.train()
+    merged = trainer.model.merge_and_unload()
+    merged.save_pretrained(folder/'run'/'model')
+    tokenizer.save_pretrained(folder/'run'/'model')
+    trainable = sum(p.numel() for n, p in trainer.model.named_parameters() if 'lora_' in n)
+    return dict(seconds=watch.seconds, peak=watch.peak, fill=0., packed=packed, trains='LoRA of rank 16 on all layers',
+                trainable=trainable)
+
+
+def train_soup(spec, folder):
+    "Soup in its own environment, see make_envs.sh and soup_arm.py."
+    from alpaca_ft.model import model_folder
+    about = dict(model=str(model_folder('demo')), rows=str(folder/'train.json'), out=str(folder/'run'), lr=spec['lr'],
+                 method=spec['method'], max_steps=spec['steps'], seq_len=SEQ_LEN, seed=spec['seed'])
+    (folder/'soup.json').write_text(json.dumps(about))
+    command = [SOUP, here/'soup_arm.py', folder/'soup.json', folder/'soup.jsonl']
+    subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr, cwd=folder)
+    lines = [json.loads(line) for line in (folder/'soup.jsonl').read_text().splitlines()]
+    steps = [line for line in lines if 'seconds' in line]
+    last = lines[-1]
+    return dict(seconds=[line['seconds'] for line in steps], peak=max(line['peak_mib'] for line in steps), fill=0.,
+                packed=last['steps_per_epoch'], trains=spec['method'], trainable=last['trainable'])
+
+
+def unrelated_text(tokenizer, pieces=24, width=512):
+    "Text that has nothing to do with instructions: Python's own documentation, which comes with it."
+    from pydoc_data.topics import topics
+    ids = []
+    for name in sorted(topics):
+        ids += tokenizer(topics[name])['input_ids']
+        if len(ids) >= pieces*width:
+            break
+    return [ids[i*width:(i + 1)*width] for i in range(pieces)]
+
+
+def measure(name, folder, dtype, fully):
+    "Losses of a model on validation rows; fully: on test rows and unrelated text too, and its answers."
+    import torch
+    from datasets import Dataset
+    from alpaca_ft.evaluate import repetition, row_losses
+    from alpaca_ft.model import load_model, load_tokenizer
+    from alpaca_ft.sampling import fit_prompt, generate_all
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])
+
+    def losses(split):
+        "Sum and number of the response tokens' losses, a row each."
+        rows = Dataset.from_list(json.loads((folder/f'{split}.json').read_text()))
+        found = row_losses(model, tokenizer, rows, SEQ_LEN).values()
+        return rows, [[round(x[2], 4), x[3]] for x in found]
+
+    out = dict(validation=losses('validation')[1])
+    if not fully:
+        return out
+    rows, out['test'] = losses('test')
+    prompts = [fit_prompt(row, tokenizer, SEQ_LEN) for row in rows.select(range(min(40, len(rows))))]
+    answers = generate_all(prompts, model, tokenizer, 128)
+    out['answers'] = [[a['stopped'], a['tokens'], round(repetition(a['text']), 3)] for a in answers]
+    sums = []
+    for piece in unrelated_text(tokenizer):
+        ids = torch.tensor([piece])
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        sums.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction='sum').item())
+    out['unrelated'] = [[round(s, 3), len(piece) - 1] for s in sums]
+    return out
+
+
+def job(spec, out):
+    "Train and measure as a spec says; the result is in the file `out`."
+    sys.path.insert(0, str(here))
+    folder = Path(spec['folder'])
+    trained = {}
+    if spec['steps']:
+        train = dict(trl=train_trl, soup=train_soup).get(spec.get('peer'), train_ours)
+        trained = train(spec, folder)
+    measured = {}
+    if spec['measure']:
+        name = str(folder/'run'/'model') if spec['steps'] else 'demo'
+        measured = measure(name, folder, spec['dtype'], spec['measure'] == 'fully')
+    Path(out).write_text(json.dumps(trained | measured))
+
+
+# ---------------------------------------------------------------- all jobs
+
+class Bench:
+    "The result as far as it has come, and what is needed to go on with it."
+
+    def __init__(self, args):
+        self.args, self.lock, self.end = args, Lock(), math.inf
+        self.result = dict(arms={}, jobs={}, hours=0.)
+        if args.out.exists():
+            self.result = json.loads(args.out.read_text())
+        if args.minutes:
+            self.end = time.monotonic() + 60*args.minutes
+
+    def write(self):
+        "Save the result, whole or not at all."
+        part = self.args.out.with_suffix('.part')
+        part.write_text(json.dumps(self.result, indent=0))
+        os.replace(part, self.args.out)
+
+    def prepare(self):
+        "Machine, versions and rows; a result that was begun on others is refused."
+        import importlib.metadata
+        import torch
+        bf16 = torch.cpu.get_capabilities().get('avx512_bf16', False)
+        setup = dict(cores=len(os.sched_getaffinity(0)), bf16_in_hardware=bf16, dtype='bf16' if bf16 else 'fp32',
+                     python=platform.python_version(), seq_len=SEQ_LEN, rows={}, seconds={}, seeds=self.args.seeds,
+                     versions={k: importlib.metadata.version(k) for k in
+                               ('alpaca_ft', 'torch', 'transformers', 'trl', 'peft')})
+        for name, source in self.sources():
+            setup['rows'][name] = {split: len(rows) for split, rows in self.split(source).items()}
+        before = self.result.setdefault('setup', setup)
+        for key in ('dtype', 'seq_len', 'rows', 'seeds'):
+            if before[key] != setup[key]:
+                raise SystemExit(f'{self.args.out}: begun with {key} {before[key]}, and here it is {setup[key]}; '
+                                 'go on where it was begun, or give another --out')
+
+    def sources(self):
+        "The name and the source of each set of rows; a file's folder is not told."
+        for source in self.args.rows:
+            yield ('builtin' if source == 'builtin' else Path(source).name), source
+
+    def split(self, source):
+        "Training, validation and test rows, in an order drawn once."
+        import random
+        from alpaca_ft.data import load_alpaca
+        rows = [dict(r) for r in load_alpaca(source)['train']]
+        random.Random(0).shuffle(rows)
+        out = {}
+        for split, n in N_ROWS.items():
+            n = round(n*self.args.part)
+            out[split], rows = rows[:n], rows[n:]
+        return out
+
+    def go(self, key, spec, threads=1):
+        "The result of a job, done now unless it was done before; None where it failed."
+        with self.lock:
+            if key in self.result['jobs']:
+                return self.result['jobs'][key]
+        if time.monotonic() > self.end:
+            raise TimeoutError
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix='methods-') as tmp:
+            folder = Path(tmp)
+            for split, rows in self.split(spec.pop('source')).items():
+                (folder/f'{split}.json').write_text(json.dumps(rows))
+            (folder/'spec.json').write_text(json.dumps(spec | dict(folder=tmp)))
+            env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE='1', WANDB_MODE='disabled')
+            command = [sys.executable, here/'methods.py', 'job', folder/'spec.json', folder/'out.json']
+            with open(folder/'log', 'w+') as log:
+                rc = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=env).returncode
+                log.seek(0)
+                text = log.read().replace(tmp, 'FOLDER').strip().splitlines()
+            if rc == 0:
+                out = json.loads((folder/'out.json').read_text())
+            else:
+                out = dict(failed=' '.join(text[-1:])[:300])
+                if self.args.logs:
+                    self.args.logs.mkdir(exist_ok=True, parents=True)
+                    (self.args.logs/(key.replace('/', '_') + '.log')).write_text('\n'.join(text))
+        seconds = time.monotonic() - begin
+        say(f'{key}: {out.get("failed") or self.brief(out)} ({seconds:.0f} s)')
+        with self.lock:
+            self.result['jobs'][key] = out
+            self.result['hours'] += seconds/3600
+            self.write()
+        return out
+
+    def brief(self, out):
+        "A job's result in a few words."
+        words = []
+        if out.get('seconds'):
+            words.append(f"{len(out['seconds'])} steps of {statistics.median(out['seconds']):.2f} s, "
+                         f"{out['peak']:,.0f} MiB")
+        words += [f'{split} {mean(out[split]):.4f}' for split in ('validation', 'test', 'unrelated') if split in out]
+        return ', '.join(words)
+
+    def spec(self, arm, source, steps, lr, seed, measured, recompute=False):
+        "What a job needs to know."
+        about = dict(kept=False, options={}) | ARMS.get(arm, {})
+        return about | dict(source=source, steps=steps, lr=lr, seed=seed, measure=measured, recompute=recompute,
+                            dtype=self.result['setup']['dtype'])
+
+    def time_arms(self, arms):
+        "Seconds and memory of each arm, round after round; and with recomputed activations where it needs too much."
+        _, source = next(self.sources())
+        n = self.args.warmup + self.args.steps
+        for i in range(self.args.rounds):
+            for arm in arms:
+                key = f'time/{arm}/{i}'
+                lr = RATES[ARMS[arm]['kind']][0]
+                self.go(key, self.spec(arm, source, n, lr, i, None), threads=os.cpu_count())
+        self.result['arms'] |= {arm: self.timed('time', arm) for arm in arms}
+        limit = self.result['arms'].get(DEFAULT, {}).get('peak')
+        for arm in arms if limit else []:
+            about = self.result['arms'][arm]
+            if 'peer' in ARMS[arm] or about.get('failed') or about['peak'] <= limit:
+                continue
+            for i in range(self.args.rounds):
+                spec = self.spec(arm, source, n, RATES[ARMS[arm]['kind']][0], i, None, recompute=True)
+                self.go(f'time-recomputed/{arm}/{i}', spec, threads=os.cpu_count())
+            about['recomputed'] = self.timed('time-recomputed', arm)
+        self.write()
+
+    def timed(self, kind, arm):
+        "Medians over the rounds."
+        jobs = [self.result['jobs'][f'{kind}/{arm}/{i}'] for i in range(self.args.rounds)]
+        for out in jobs:
+            if 'failed' in out:
+                return dict(failed=out['failed'])
+        steps = [statistics.median(out['seconds'][self.args.warmup:]) for out in jobs]
+        return dict(step=statistics.median(steps), steps=[round(x, 4) for x in steps],
+                    fill=statistics.median(out['fill'] for out in jobs), peak=max(out['peak'] for out in jobs),
+                    trains=jobs[0]['trains'], trainable=jobs[0]['trainable'])
+
+    def packed(self, name, source):
+        "Packed training rows of a set of rows, and those of the peer, which packs in its own way."
+        out = {}
+        for arm in (DEFAULT, PEER):
+            spec = self.spec(arm, source, 1, 1e-5, 0, None)
+            out[arm] = self.go(f'packed/{name}/{arm}', spec)['packed']
+        return out[DEFAULT], out[PEER]
+
+    def steps_in(self, arm, seconds, n_packed, recomputed=False):
+        "Steps that fit into so many seconds, the pass through the frozen layers taken off."
+        about = self.result['arms'][arm]
+        if recomputed:
+            about = about['recomputed']
+        return max(1, int((seconds - about['fill']*n_packed)/about['step']))
+
+    def sweep(self, arm, name, source, steps):
+        "The best of an arm's rates by the loss on validation rows."
+        rates, found = list(RATES[ARMS[arm]['kind']]), {}
+        while True:
+            for lr in rates:
+                if lr not in found:
+                    out = self.go(f'sweep/{name}/{arm}/{lr:.2g}', self.spec(arm, source, steps, lr, 0, 'validation'))
+                    found[lr] = math.inf if 'failed' in out else mean(out['validation'])
+            best = min(found, key=found.get)
+            if found[best] == math.inf or len(found) > len(RATES[ARMS[arm]['kind']]) + 2:
+                return best
+            if best == max(found):
+                rates.append(best*STEP)
+            elif best == min(found):
+                rates.append(best/STEP)
+            else:
+                return best
+
+    def try_arm(self, arm, name, source, seconds, n_packed):
+        "Sweep, seeds, curve and memory of one arm on one set of rows."
+        whole = self.steps_in(arm, seconds, n_packed)
+        peer = 'peer' in ARMS[arm]
+        lr = self.sweep(arm, name, source, whole if peer else self.steps_in(arm, seconds/2, n_packed))
+        with self.lock:
+            self.result['arms'][arm].setdefault('lr', {})[name] = lr
+        for seed in range(1, self.args.seeds + 1):
+            self.go(f'seeds/{name}/{arm}/{seed}', self.spec(arm, source, whole, lr, seed, 'fully'))
+        if not peer:
+            quarter = self.steps_in(arm, seconds/4, n_packed)
+            self.go(f'curve/{name}/{arm}/0.25', self.spec(arm, source, quarter, lr, 0, 'validation'))
+        recomputed = self.result['arms'][arm].get('recomputed', {})
+        if recomputed and 'failed' not in recomputed:
+            if recomputed['peak'] <= self.result['arms'][DEFAULT]['peak']:
+                fewer = self.steps_in(arm, seconds, n_packed, True)
+                for seed in range(1, self.args.seeds + 1):
+                    spec = self.spec(arm, source, fewer, lr, seed, 'fully', recompute=True)
+                    self.go(f'recomputed/{name}/{arm}/{seed}', spec)
+
+    def time_to_quality(self, arm, name, source, seconds, n_packed):
+        "One of the arms that came first, at parts of the seconds."
+        lr = self.result['arms'][arm]['lr'][name]
+        for part in PARTS:
+            steps = self.steps_in(arm, seconds*part, n_packed)
+            for seed in range(1, self.args.seeds + 1):
+                self.go(f'quality/{name}/{arm}/{part:.2f}/{seed}', self.spec(arm, source, steps, lr, seed, 'fully'))
+
+    def all(self):
+        "Everything, one set of rows after another."
+        only = self.args.only and {*self.args.only, DEFAULT, PEER}
+        arms = [arm for arm in ARMS if not only or arm in only]
+        self.time_arms(arms)
+        for name, source in self.sources():
+            self.go(f'base/{name}', self.spec('base', source, 0, 0, 0, 'fully'))
+            ours, theirs = self.packed(name, source)
+            seconds = theirs*self.result['arms'][PEER]['step']
+            self.result['setup']['seconds'][name] = round(seconds, 1)
+            good = [arm for arm in arms if not self.result['arms'][arm].get('failed')]
+            self.each(good, lambda arm: self.try_arm(arm, name, source, seconds, ours))
+            own = [arm for arm in good if 'peer' not in ARMS[arm]]
+            first = sorted(own, key=lambda arm: mean_of(self.result, f'seeds/{name}/{arm}/'))[:3]
+            self.each(first, lambda arm: self.time_to_quality(arm, name, source, seconds, ours))
+
+    def each(self, arms, work):
+        "So many arms at once as there are workers; what fails in one ends all."
+        with ThreadPoolExecutor(self.args.workers) as pool:
+            for done in [pool.submit(work, arm) for arm in arms]:
+                done.result()
+
+
+# ---------------------------------------------------------------- tables
+
+def mean(pairs):
+    "Mean of [sum, number] pairs over all that was counted."
+    return sum(s for s, _ in pairs)/sum(n for _, n in pairs)
+
+
+def chosen(result, prefix):
+    "The jobs whose names begin so, those that failed left out."
+    return [out for key, out in result['jobs'].items() if key.startswith(prefix) and 'failed' not in out]
+
+
+def mean_of(result, prefix, split='test'):
+    "Mean over seeds of a loss; infinite where there is none."
+    found = [mean(out[split]) for out in chosen(result, prefix) if split in out]
+    return statistics.mean(found) if found else math.inf
+
+
+def against(result, prefix, other):
+    "Difference of two arms' test losses, with the interval over rows of the losses averaged over seeds."
+    from alpaca_ft.evaluate import interval
+    columns = []
+    for p in (prefix, other):
+        jobs = chosen(result, p)
+        rows = zip(*(out['test'] for out in jobs))
+        columns.append(tuple(zip(*[(sum(s for s, _ in row)/len(row), row[0][1]) for row in rows])))
+    return interval(*columns)
+
+
+def line_of(result, name, arm, kind='seeds'):
+    "A line of a table; None where the arm has no result."
+    jobs = chosen(result, f'{kind}/{name}/{arm}/')
+    if not jobs:
+        return None
+    about = result['arms'][arm]
+    if kind == 'recomputed':
+        about = about['recomputed']
+    losses = [mean(out['test']) for out in jobs]
+    stops = [statistics.mean(a[0] for a in out['answers']) for out in jobs]
+    line = dict(arm=arm + (', recomputed' if kind == 'recomputed' else ''), rate=result['arms'][arm]['lr'][name],
+                steps=len(jobs[0]['seconds']), step=about['step'], peak=about['peak'], seeds=len(jobs),
+                loss=statistics.mean(losses), spread=max(losses) - min(losses), stops=statistics.mean(stops),
+                unrelated=statistics.mean(mean(out['unrelated']) for out in jobs))
+    if arm != PEER and chosen(result, f'seeds/{name}/{PEER}/'):
+        line['against'] = against(result, f'{kind}/{name}/{arm}/', f'seeds/{name}/{PEER}/')
+    return line
+
+
+def equal_seconds(result, name):
+    "The first table: every arm with the same seconds, the best loss first."
+    lines = [line_of(result, name, arm) for arm in result['arms']]
+    return sorted((line for line in lines if line), key=lambda line: line['loss'])
+
+
+def equal_memory(result, name):
+    "The second table: the same seconds, and no more memory than the default; with what does not fit."
+    limit, fits, not_fit = result['arms'][DEFAULT]['peak'], [], []
+    for arm, about in result['arms'].items():
+        if about.get('failed'):
+            continue
+        if about['peak'] <= limit:
+            line = line_of(result, name, arm)
+        else:
+            line = line_of(result, name, arm, 'recomputed')
+            if not line:
+                least = min(about['peak'], about.get('recomputed', about).get('peak', math.inf))
+                not_fit.append(f'{arm} ({least:,.0f} MiB)')
+        if line:
+            fits.append(line)
+    return sorted(fits, key=lambda line: line['loss']), not_fit, limit
+
+
+def show_table(lines):
+    "A table as text."
+    print(f"{'':32}{'rate':>8}{'steps':>7}{'s/step':>8}{'MiB':>7}{'loss':>8}{'spread':>8}{'stop':>6}{'unrelated':>11}"
+          f'  against {PEER} (95 %)')
+    for x in lines:
+        other = ''
+        if 'against' in x:
+            difference, low, high = x['against']
+            other = f'  {difference:+.3f} ({low:+.3f} to {high:+.3f})' + (', within noise' if low <= 0 <= high else '')
+        print(f"{x['arm']:32}{x['rate']:8.1g}{x['steps']:7}{x['step']:8.2f}{x['peak']:7.0f}{x['loss']:8.3f}"
+              f"{x['spread']:8.3f}{x['stops']:6.0%}{x['unrelated']:11.3f}{other}")
+
+
+def show_quality(result, name):
+    "How many seconds the first arms need for the peer's loss."
+    target, seconds = mean_of(result, f'seeds/{name}/{PEER}/'), result['setup']['seconds'][name]
+    if target == math.inf:
+        return
+    print(f'\ntime to quality: {PEER}, one epoch, {seconds:.0f} s: {target:.3f}')
+    for arm in result['arms']:
+        cells = []
+        for part in PARTS:
+            loss = mean_of(result, f'quality/{name}/{arm}/{part:.2f}/')
+            if loss < math.inf:
+                cells.append(f'{part*seconds:.0f} s ({part:.2f}) {loss:.3f}{" reached" if loss <= target else ""}')
+        if cells:
+            print(f'{arm:32}' + ' · '.join(cells))
+
+
+def show(result):
+    "All tables."
+    setup = result['setup']
+    for name in setup['rows']:
+        if name not in setup['seconds']:
+            continue
+        base = result['jobs'].get(f'base/{name}')
+        print(f"\n{name}: {setup['rows'][name]} rows, {setup['seconds'][name]:.0f} s each, {setup['dtype']}")
+        if base:
+            stops = statistics.mean(a[0] for a in base['answers'])
+            print(f"before training: loss {mean(base['test']):.3f}, stop {stops:.0%}, "
+                  f"unrelated {mean(base['unrelated']):.3f}")
+        print('\nequal seconds')
+        show_table(equal_seconds(result, name))
+        if DEFAULT in result['arms']:
+            fits, not_fit, limit = equal_memory(result, name)
+            print(f'\nequal seconds and at most {limit:,.0f} MiB')
+            show_table(fits)
+            if not_fit:
+                print(f'do not fit: {", ".join(not_fit)}')
+        show_quality(result, name)
+    failed = {key: out['failed'] for key, out in result['jobs'].items() if 'failed' in out}
+    for key, why in failed.items():
+        print(f'failed: {key}: {why}')
+    print(f"\n{len(result['jobs'])} jobs, {result['hours']:.1f} hours of them"
+          + ('' if result.get('finished') else '; not finished'))
+
+
+def main():
+    "Read the command line, and go on as far as time allows."
+    if sys.argv[1:2] == ['job']:
+        return job(json.loads(Path(sys.argv[2]).read_text()), sys.argv[3])
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--out', type=Path, required=True, help='the result; where it is there, it is gone on with')
+    parser.add_argument('--rows', nargs='+', default=['builtin'], help='builtin, or files of Alpaca rows')
+    parser.add_argument('--only', nargs='+', metavar='ARM', help='these arms; one may be added to a finished result')
+    parser.add_argument('--minutes', type=float, help='begin no job after so many minutes')
+    parser.add_argument('--workers', type=int, default=2, help='jobs at once, of one thread each; timing is alone')
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--rounds', type=int, default=3, help='of timing')
+    parser.add_argument('--steps', type=int, default=5, help='that are timed, in a round')
+    parser.add_argument('--warmup', type=int, default=2, help='steps before them')
+    parser.add_argument('--part', type=float, default=1., help='of the numbers of rows, to try things out')
+    parser.add_argument('--logs', type=Path, metavar='FOLDER', help='keep there what failed jobs printed')
+    parser.add_argument('--show', action='store_true', help='only print the tables')
+    args = parser.parse_args()
+    bench = Bench(args)
+    if not args.show:
+        bench.prepare()
+        bench.write()
+        try:
+            bench.all()
+            bench.result['finished'] = True
+        except TimeoutError:
+            say('time is up; the same command goes on')
+        bench.write()
+    show(bench.result)
+
+
+if __name__ == '__main__':
+    main()
