@@ -9,7 +9,7 @@ usage: methods.py --out RESULT.json [--rows builtin FILE ...] [--minutes 60]   (
 
 1. Time: seconds a step, seconds a row through the frozen layers, and peak memory of each arm, on a quiet machine.
 2. Sweep: each arm at three rates or more, half of the seconds, one seed; the best by the loss of validation rows.
-3. Seeds: the best rate with all of the seconds, three seeds, measured on test rows.
+3. Seeds: the best rate with all of the seconds (three epochs at most), three seeds, measured on test rows.
 4. Curve: a quarter of the seconds too. Memory: arms that need more than the default get recomputed activations.
 5. Time to quality: the arms that came first, at parts of the seconds, three seeds.
 """
@@ -31,10 +31,11 @@ from threading import Lock
 here = Path(__file__).resolve().parent
 SOUP = here/'.envs'/'soup'/'bin'/'python'
 SEQ_LEN = 1024
-N_ROWS = dict(train=240, validation=60, test=150)  # of a file; of fewer rows the test part gets what is left
+N_ROWS = dict(train=160, validation=50, test=100)  # of a file; of fewer rows the test part gets what is left
 RATES = dict(freeze=(5e-5, 1.5e-4, 5e-4), lora=(3e-4, 1e-3, 3e-3), full=(2e-5, 6e-5, 2e-4))
 STEP = 3.  # between neighbouring rates; a best rate at the edge is followed by one more
 PARTS = (1/4, 1/3, 1/2)  # of the seconds, for the time to quality
+EPOCHS = 3  # at most, however many would fit into the seconds
 PEER = 'TRL, LoRA on all layers'  # its epoch sets the seconds, its loss the quality
 DEFAULT = 'last 6 and head'  # its peak memory is the limit of the second table
 
@@ -47,6 +48,7 @@ ARMS = {
     'Spectrum, a quarter': dict(kept=False, kind='freeze', options=dict(layers='spectrum:0.25', train_head=False)),
     'LoRA on the last 6': dict(kept=True, kind='lora', options=dict(method='lora')),
     'LoRA on the last 15': dict(kept=True, kind='lora', options=dict(method='lora', n_freeze=15)),
+    'LISA, 2 of 30 and head': dict(kept=False, kind='freeze', options=dict(n_freeze=0, rotate=2)),
     'LoRA on all layers': dict(kept=False, kind='lora', options=dict(method='lora', n_freeze=0)),
     'full': dict(kept=False, kind='full', options=dict(method='full')),
     PEER: dict(kind='lora', peer='trl'),
@@ -117,7 +119,7 @@ def train_ours(spec, folder):
 
 
 def train_trl(spec, folder):
-    "TRL's SFTTrainer with peft, as its documentation has it: prompt and completion, packing, LoRA on all linear layers."
+    "TRL's SFTTrainer with peft as its documentation has it: prompt and completion, packing, LoRA on all linear layers."
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,21 +152,24 @@ def train_trl(spec, folder):
 
 
 def train_soup(spec, folder):
-    "Soup in its own environment, see make_envs.sh and soup_arm.py."
-    from alpaca_ft.model import model_folder
+    "Soup in its own environment, see soup_arm.py."
+    from alpaca_ft.model import load_tokenizer, model_folder
+    from alpaca_ft.prompts import alpaca_chat_template
+    end = '{{ m.content + eos_token }}'
+    template = alpaca_chat_template(load_tokenizer())
+    assert end in template
+    template = template.replace(end, '{% generation %}' + end + '{% endgeneration %}')  # so that it finds the responses
     about = dict(model=str(model_folder('demo')), rows=str(folder/'train.json'), out=str(folder/'run'), lr=spec['lr'],
-                 method=spec['method'], max_steps=spec['steps'], seq_len=SEQ_LEN, seed=spec['seed'])
+                 method=spec['method'], max_steps=spec['steps'], seq_len=SEQ_LEN, seed=spec['seed'], template=template)
     (folder/'soup.json').write_text(json.dumps(about))
     command = [SOUP, here/'soup_arm.py', folder/'soup.json', folder/'soup.jsonl']
     subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr, cwd=folder)
-    lines = [json.loads(line) for line in (folder/'soup.jsonl').read_text().splitlines()]
-    steps = [line for line in lines if 'seconds' in line]
-    last = lines[-1]
-    return dict(seconds=[line['seconds'] for line in steps], peak=max(line['peak_mib'] for line in steps), fill=0.,
+    *steps, last = [json.loads(line) for line in (folder/'soup.jsonl').read_text().splitlines()]
+    return dict(seconds=[step['seconds'] for step in steps], peak=max(step['peak_mib'] for step in steps), fill=0.,
                 packed=last['steps_per_epoch'], trains=spec['method'], trainable=last['trainable'])
 
 
-def unrelated_text(tokenizer, pieces=24, width=512):
+def unrelated_text(tokenizer, pieces=10, width=512):
     "Text that has nothing to do with instructions: Python's own documentation, which comes with it."
     from pydoc_data.topics import topics
     ids = []
@@ -195,8 +200,8 @@ def measure(name, folder, dtype, fully):
     if not fully:
         return out
     rows, out['test'] = losses('test')
-    prompts = [fit_prompt(row, tokenizer, SEQ_LEN) for row in rows.select(range(min(40, len(rows))))]
-    answers = generate_all(prompts, model, tokenizer, 128)
+    prompts = [fit_prompt(row, tokenizer, SEQ_LEN) for row in rows.select(range(min(24, len(rows))))]
+    answers = generate_all(prompts, model, tokenizer, 96)
     out['answers'] = [[a['stopped'], a['tokens'], round(repetition(a['text']), 3)] for a in answers]
     sums = []
     for piece in unrelated_text(tokenizer):
@@ -355,7 +360,7 @@ class Bench:
         steps = [statistics.median(out['seconds'][self.args.warmup:]) for out in jobs]
         return dict(step=statistics.median(steps), steps=[round(x, 4) for x in steps],
                     fill=statistics.median(out['fill'] for out in jobs), peak=max(out['peak'] for out in jobs),
-                    trains=jobs[0]['trains'], trainable=jobs[0]['trainable'])
+                    epoch=jobs[0]['packed'], trains=jobs[0]['trains'], trainable=jobs[0]['trainable'])
 
     def packed(self, name, source):
         "Packed training rows of a set of rows, and those of the peer, which packs in its own way."
@@ -366,11 +371,12 @@ class Bench:
         return out[DEFAULT], out[PEER]
 
     def steps_in(self, arm, seconds, n_packed, recomputed=False):
-        "Steps that fit into so many seconds, the pass through the frozen layers taken off."
+        "Steps that fit into so many seconds, the pass through the frozen layers taken off; no more than some epochs."
         about = self.result['arms'][arm]
+        most = EPOCHS*(about['epoch'] if ARMS[arm].get('peer') == 'soup' else n_packed)
         if recomputed:
             about = about['recomputed']
-        return max(1, int((seconds - about['fill']*n_packed)/about['step']))
+        return min(most, max(1, int((seconds - about['fill']*n_packed)/about['step'])))
 
     def sweep(self, arm, name, source, steps):
         "The best of an arm's rates by the loss on validation rows."
@@ -582,8 +588,8 @@ def main():
     parser.add_argument('--workers', type=int, default=2, help='jobs at once, of one thread each; timing is alone')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--rounds', type=int, default=3, help='of timing')
-    parser.add_argument('--steps', type=int, default=5, help='that are timed, in a round')
-    parser.add_argument('--warmup', type=int, default=2, help='steps before them')
+    parser.add_argument('--steps', type=int, default=4, help='that are timed, in a round')
+    parser.add_argument('--warmup', type=int, default=1, help='steps before them')
     parser.add_argument('--part', type=float, default=1., help='of the numbers of rows, to try things out')
     parser.add_argument('--logs', type=Path, metavar='FOLDER', help='keep there what failed jobs printed')
     parser.add_argument('--show', action='store_true', help='only print the tables')
