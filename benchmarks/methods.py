@@ -234,7 +234,7 @@ class Bench:
     "The result as far as it has come, and what is needed to go on with it."
 
     def __init__(self, args):
-        self.args, self.lock, self.end = args, Lock(), math.inf
+        self.args, self.lock, self.end, self.dtype = args, Lock(), math.inf, None
         self.result = dict(arms={}, jobs={}, hours=0.)
         if args.out.exists():
             self.result = json.loads(args.out.read_text())
@@ -258,8 +258,8 @@ class Bench:
                                ('alpaca_ft', 'torch', 'transformers', 'trl', 'peft')})
         for name, source in self.sources():
             setup['rows'][name] = {split: len(rows) for split, rows in self.split(source).items()}
-        before = self.result.setdefault('setup', setup)
-        for key in ('dtype', 'seq_len', 'rows', 'seeds'):
+        before, self.dtype = self.result.setdefault('setup', setup), setup['dtype']  # another machine may have another
+        for key in ('seq_len', 'rows', 'seeds'):
             if before[key] != setup[key]:
                 raise SystemExit(f'{self.args.out}: begun with {key} {before[key]}, and here it is {setup[key]}; '
                                  'go on where it was begun, or give another --out')
@@ -301,7 +301,7 @@ class Bench:
                 log.seek(0)
                 text = log.read().replace(tmp, 'FOLDER').strip().splitlines()
             if rc == 0:
-                out = json.loads((folder/'out.json').read_text())
+                out = json.loads((folder/'out.json').read_text()) | dict(dtype=spec['dtype'])
             else:
                 out = dict(failed=' '.join(text[-1:])[:300])
                 if self.args.logs:
@@ -328,7 +328,7 @@ class Bench:
         "What a job needs to know."
         about = dict(kept=False, options={}) | ARMS.get(arm, {})
         return about | dict(source=source, steps=steps, lr=lr, seed=seed, measure=measured, recompute=recompute,
-                            dtype=self.result['setup']['dtype'])
+                            dtype=self.dtype)
 
     def time_arms(self, arms):
         "Seconds and memory of each arm, round after round; and with recomputed activations where it needs too much."

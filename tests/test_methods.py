@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import matrix
 from alpaca_ft import Refused, RunConfig, train
+from alpaca_ft.model import drawn
 
 SEQ_LEN, BATCH_SIZE, EPOCHS, LR = 256, 2, 2, 1e-3
 
@@ -321,7 +323,7 @@ def test_saving_an_adapter_is_tried_at_the_start(here, tied, rows, monkeypatch):
     assert not Path('run').exists()
 
 
-@pytest.mark.parametrize('method', ['freeze', 'lora', 'full'])
+@pytest.mark.parametrize('method', ['freeze', 'lora', 'full', 'rotate'])
 @pytest.mark.parametrize('cache', ['off', 'memory'])
 def test_killed_and_resumed(method, cache, here, tied, rows):
     "Killed before the fourth step, resumed from the second: the same losses and the same files, to the last bit."
@@ -329,6 +331,8 @@ def test_killed_and_resumed(method, cache, here, tied, rows):
     if method == 'full' and cache == 'memory':
         pytest.skip('nothing is kept where everything trains')
     kw = dict(method=method, prefix_cache=cache, save_every=2)
+    if method == 'rotate':
+        kw.update(method='freeze', rotate=1, rotate_every=3)
     train(run_config(tied, rows, 'whole', **kw))
 
     def work():
@@ -340,6 +344,25 @@ def test_killed_and_resumed(method, cache, here, tied, rows):
     assert losses('killed') == losses('whole')
     for path in Path('whole/model').iterdir():
         assert (Path('killed/model')/path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_rotate(here, tied, rows):
+    "The optimizer knows of the head and of the layer at work alone; what is saved holds all layers."
+    every = 2
+    run = train(run_config(tied, rows, 'run', rotate=1, rotate_every=every, save_every=1, keep=100))
+    seen = []
+    for folder in sorted(Path('run/checkpoints').iterdir(), key=lambda p: int(p.name[5:])):
+        names = load_file(folder/'optimizer.safetensors')
+        layers = {int(name.split('.')[2]) for name in names if name.startswith('model.layers.')}
+        (number,) = drawn((int(folder.name[5:]) - 1)//every, 2, 1, 42)
+        assert layers == {2 + number} and any(name.startswith('lm_head.') for name in names)
+        trained = {int(name.split('.')[2]) for name in load_file(folder/'weights.safetensors') if '.layers.' in name}
+        assert trained == {2, 3}
+        seen.append(number)
+    assert len(seen) == run.report['steps'] and set(seen) == {0, 1}
+    assert '1 of the layers at a time' in run.report['trains']
+    m = run.report['memory_bytes']
+    assert m['optimizer'] == 2*m['gradients'] == 2*m['trained'] < 8*run.report['trainable']
 
 
 def test_resume_with_another_rank(here, tied, rows, command):
@@ -580,6 +603,8 @@ REFUSED = {
     'full without head': (['--method', 'full', '--no-train-head'], 'which trains the head too'),
     'no such method': (['--method', 'qlora'], "method is 'qlora'; use freeze or lora or full"),
     'full and kept states': (['--method', 'full', '--prefix-cache', 'memory'], 'the embedding is trained'),
+    'none that rests': (['--n-freeze', 2, '--rotate', 2], 'rotate is 2, but 2 layers of LlamaForCausalLM train'),
+    'nothing that rotates': (['--n-freeze', 2, '--rotate-every', 5], 'nothing rotates; give --rotate too'),
     'no such end': (['--final', 'first'], "final is 'first'; use last or best"),
     'no patience': (['--patience', 0], 'patience is 0; give at least 1'),
     'a tied head': (['--no-freeze-embed', '--no-train-head', '--n-freeze', 2], 'is its head too'),
