@@ -140,7 +140,8 @@ def compute_dtype(
     if device.type == 'cuda':
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == 'cpu':
-        fast = torch.cpu.get_capabilities().get('avx512_bf16', False)
+        there = torch.cpu.get_capabilities().get('avx512_bf16', False)
+        fast = there and torch.backends.cpu.get_cpu_capability().startswith('AVX512')  # and not kept from using it
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
