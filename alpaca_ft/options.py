@@ -41,8 +41,8 @@ class RunConfig:
                           'three quarters', least=0, shown='N|PART|auto')
     layers:str = option(None, 'layers that train, in place of n_freeze, counted from 0: `8-15`, `last:6`, or '
                         '`spectrum:0.25`, the quarter of the matrices with the most signal for their noise')
-    rotate:int = option(None, 'of the layers that train so many at a time, drawn anew again and again (LISA); none: all '
-                        'at once', least=1)
+    rotate:int = option(None, 'of the layers that train so many at a time, drawn anew again and again (LISA); none: '
+                        'all at once', least=1)
     rotate_every:int = option(None, 'optimizer steps until others are drawn; none: a tenth of the run', least=1)
     train_head:bool = option(None, 'train the output head; none: yes, but not with lora')
     freeze_embed:bool = option(True, 'keep the input embedding frozen too')
