@@ -176,6 +176,10 @@ REFUSED = [
     (dict(family='falcon', prefix='disk'), 'does not hand arguments on to its layers'),
     (dict(family='gptj', prefix='memory'), 'does not hand arguments on to its layers'),
     (dict(family='gptj', prefix='disk'), 'does not hand arguments on to its layers'),
+    (dict(family='deepseek-v3', prefix='memory', choice='lora'), 'LoRA over them was seen to be wrong'),
+    (dict(family='deepseek-v3', prefix='disk', choice='lora'), 'LoRA over them was seen to be wrong'),
+    (dict(family='afmoe', prefix='memory', choice='lora'), 'LoRA over them was seen to be wrong'),
+    (dict(family='afmoe', prefix='disk', choice='lora'), 'LoRA over them was seen to be wrong'),
 ]  # (choices of a cell as a dict, words of the refusal's line): all cells with these choices are refused
 
 
