@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
            'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'freeze', 'chosen_layers',
-           'signal_to_noise', 'layer_matrices', 'spectrum', 'lora_modules', 'check_rotate', 'resolve_choice',
-           'layer_weights', 'drawn', 'at_work', 'in_bf16', 'autocast', 'first_in_graph', 'checkpoint_trained', 'Place',
-           'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config',
-           'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved', 'save_model', 'one_of_each_kind',
-           'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
+           'signal_to_noise', 'layer_matrices', 'spectrum', 'goes_to_experts', 'lora_modules', 'check_rotate',
+           'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'in_bf16', 'autocast', 'first_in_graph',
+           'checkpoint_trained', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail',
+           'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved', 'save_model',
+           'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -190,6 +190,7 @@ def add_lora(
 )->None:
     "Add LoRA's small matrices to the chosen modules, as peft draws them with the choice's seed."
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
     transposed = isinstance(model.get_submodule(choice.matrices[0]), Conv1D)
     config = LoraConfig(task_type='CAUSAL_LM', r=choice.rank, lora_alpha=choice.alpha,
@@ -197,6 +198,10 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
         torch.default_generator.manual_seed(choice.seed)
         model.add_adapter(config)
+    added = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    if added != set(choice.matrices):
+        raise Refused(f'LoRA: peft added matrices to {min(added ^ set(choice.matrices))}, against the choice; '
+                      'give other lora_targets')
 
 # %% ../nbs/04_model.ipynb #04-ch4
 def chosen_parameters(
@@ -325,6 +330,21 @@ def spectrum(
             chosen[name] = i
     return chosen
 
+# %% ../nbs/04_model.ipynb #04-gx2
+def goes_to_experts(
+    model,  # causal language model, as it was loaded
+    kind:str,  # a module's name within its layer, such as `up_proj`
+)->bool:  # whether peft puts it into the experts of all layers
+    "Whether peft takes a module's name for that of experts in older files."
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    config = LoraConfig(target_modules=[kind])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it knows the name, and wants another one beside it
+        return True
+    return kind not in config.target_modules
+
 # %% ../nbs/04_model.ipynb #04-lt2
 def lora_modules(
     cfg:RunConfig,  # lora_targets
@@ -337,8 +357,13 @@ def lora_modules(
     there = [(i, kind.rpartition('.')[2], name) for i, kind, name, m in layer_matrices(model)
              if isinstance(m, (nn.Linear, Conv1D))]
     kinds = sorted({kind for _, kind, _ in there})
+    elsewhere = [kind for kind in kinds if goes_to_experts(model, kind)]
+    kinds = [kind for kind in kinds if kind not in elsewhere]
     wanted = kinds if cfg.lora_targets == 'all' else cfg.lora_targets.replace(' ', '').split(',')
     for kind in wanted:
+        if kind in elsewhere:
+            raise Refused(f'lora_targets: peft would add {kind!r} to the experts of every layer of '
+                          f'{type(model).__name__}; there are {", ".join(kinds)}')
         if kind not in kinds:
             raise Refused(f'lora_targets: {kind!r} is no linear module in the layers of {type(model).__name__}; '
                           f'there are {", ".join(kinds)}')

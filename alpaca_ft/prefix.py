@@ -130,10 +130,6 @@ def why_no_states(
         return 'there are no frozen layers'
     if choice.first == choice.n_layers:
         return 'no layer is trained'
-    text = model.config.get_text_config()
-    dense = getattr(text, 'first_k_dense_replace', 0) or getattr(text, 'num_dense_layers', 0)  # DeepSeek V3, AFMoE
-    if choice.method == 'lora' and dense:
-        return 'LoRA over them was seen to be wrong where the first layers have no experts and later ones do'
     if drops_out(model):
         return 'the frozen layers drop out at random'
     if getattr(model.config.get_text_config(), 'output_router_logits', False):

@@ -176,10 +176,6 @@ REFUSED = [
     (dict(family='falcon', prefix='disk'), 'does not hand arguments on to its layers'),
     (dict(family='gptj', prefix='memory'), 'does not hand arguments on to its layers'),
     (dict(family='gptj', prefix='disk'), 'does not hand arguments on to its layers'),
-    (dict(family='deepseek-v3', prefix='memory', choice='lora'), 'LoRA over them was seen to be wrong'),
-    (dict(family='deepseek-v3', prefix='disk', choice='lora'), 'LoRA over them was seen to be wrong'),
-    (dict(family='afmoe', prefix='memory', choice='lora'), 'LoRA over them was seen to be wrong'),
-    (dict(family='afmoe', prefix='disk', choice='lora'), 'LoRA over them was seen to be wrong'),
 ]  # (choices of a cell as a dict, words of the refusal's line): all cells with these choices are refused
 
 
@@ -313,6 +309,8 @@ def add_lora(model):
     layers = set(decoder_layers(model)[N_FREEZE:].modules())
     conv1d = transformers.pytorch_utils.Conv1D
     names = [name for name, m in model.named_modules() if m in layers and isinstance(m, (torch.nn.Linear, conv1d))]
+    if model.config.model_type in ('afmoe', 'deepseek_v3'):  # peft takes these names for the experts of all layers
+        names = [name for name in names if not name.endswith(('gate_proj', 'up_proj', 'down_proj', '.gate'))]
     conv = isinstance(model.get_submodule(names[0]), conv1d)
     torch.manual_seed(SEED)
     model.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules=names, task_type='CAUSAL_LM', fan_in_fan_out=conv))

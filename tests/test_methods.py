@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import matrix
 from alpaca_ft import Refused, RunConfig, train
-from alpaca_ft.model import drawn
+from alpaca_ft.model import apply_choice, drawn, resolve_choice
 
 SEQ_LEN, BATCH_SIZE, EPOCHS, LR = 256, 2, 2, 1e-3
 
@@ -245,6 +245,20 @@ def test_lora(which, n_freeze, request, here, rows):
     close(losses('off'), losses('memory'))
     assert b.trainer.model.tail.n_freeze == 2 and b.report['trainable'] < b.report['parameters']/4
     assert {p.dtype for p in b.trainer.model.tail.trained().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize('family', ['deepseek-v3', 'afmoe'])
+def test_lora_stays_in_its_layers(family):
+    "peft takes the names of shared experts for the experts of all layers: they are left out, and refused by name."
+    model = matrix.MORE[family]()
+    choice = resolve_choice(RunConfig(method='lora', n_freeze=2), model)
+    assert {name.split('.')[2] for name in choice.matrices} == {'2', '3'}
+    apply_choice(model, choice, torch.float32)
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.split('.')[2] for name in trains} == {'2', '3'}
+    assert len(trains) == 2*len(choice.matrices)
+    with pytest.raises(Refused, match="peft would add 'up_proj' to the experts of every layer"):
+        resolve_choice(RunConfig(method='lora', n_freeze=2, lora_targets='up_proj'), matrix.MORE[family]())
 
 
 def test_lora_is_drawn_from_the_seed_alone(tiny):
