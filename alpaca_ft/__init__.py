@@ -4,10 +4,12 @@ __version__ = "0.1.0"
 _modules = dict(
     data='Refused load_alpaca split_alpaca shared_rows read_rows iter_rows row_problem clean_rows write_jsonl '
          'fetch_artifact cache_dir',
+    formats='parse_columns as_row',
     files='append_jsonl read_jsonl read_run',
     options='RunConfig read_config plan PRESETS',
     prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize prompt_ids '
-            'alpaca_chat_template',
+            'alpaca_chat_template use_template row_prompt turns_of',
+    templates='ChatTemplate',
     packing='pack truncate plot_packing PackedCollator isolation_error leakage',
     model='demo_model load_model load_tokenizer Choice apply_choice resolve_choice chosen_layers spectrum '
           'has_adapter freeze untie decoder_layers param_count compute_dtype autocast settle checkpoint_trained '

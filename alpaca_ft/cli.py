@@ -111,6 +111,7 @@ COMMANDS = dict(  # command: (help, 'module:function', {argument: how argparse t
         '--n-eval': dict(type=int, metavar='N', help='rows held back [1000, or a tenth]'),
         '--seed': dict(type=int, default=42, metavar='N', help='of the shuffle [42]'),
         '--skip-bad-rows': dict(action='store_true', help='leave unusable rows out'),
+        '--columns': dict(metavar='PART=NAME,...', help="the rows' names, as in instruction=question,output=answer"),
         '--track': dict(choices=('none', 'wandb'), default='none', help='log tables and the artifact [none]'),
         '--project': dict(default='alpaca_ft', metavar='NAME', help="the tracker's project [alpaca_ft]"),
     }),
@@ -125,6 +126,8 @@ def make_parser()->argparse.ArgumentParser:  # of the whole command
     runs = dict(train='fine-tune; with no option, the demo', check='everything of train short of the first step')
     for name, about in runs.items():
         add_options(sub.add_parser(name, help=about, description=about, allow_abbrev=False))
+    sub.choices['check'].add_argument('--show', type=int, default=0, metavar='N', help='packed rows to print as the '
+                                      'trainer sees them: what is learnt, what is masked, where documents end [0]')
     for name, (about, _, arguments) in COMMANDS.items():
         q = sub.add_parser(name, help=about, description=about, allow_abbrev=False)
         for flag, kw in arguments.items():
@@ -163,7 +166,7 @@ def _check(
     "`alpaca_ft check`."
     cfg = _config(args)
     from alpaca_ft.run import check
-    check(cfg)
+    check(cfg, args.show)
 
 # %% ../nbs/18_cli.ipynb #18-025
 def _call(

@@ -16,6 +16,8 @@ from importlib.resources import files
 from itertools import chain, islice
 from pathlib import Path
 
+from .formats import as_row
+
 # %% ../nbs/01_data.ipynb #01-007
 class Refused(ValueError):
     "Input or options that a run must not start from: one line with the thing, the place and the remedy."
@@ -177,6 +179,10 @@ def row_problem(
         problem = _field_problem(name, row[name])
         if problem is not None:
             return problem
+    for number, turn in enumerate(json.loads(row.get('messages') or '[]'), 1):
+        problem = _field_problem(f'turn {number}', turn['content'])
+        if problem is not None:
+            return problem
     return None
 
 # %% ../nbs/01_data.ipynb #01-033
@@ -185,14 +191,16 @@ def checked(
     where,  # the file's name, for messages
     skip_bad:bool=False,  # leave bad rows out instead of refusing
     bad:list=None,  # collects a line for each row left out
-):  # dicts of instruction, input, output, one at a time
-    "The good rows as three text columns; refused at the end with the first bad one and the count of all."
+    columns:dict=None,  # the file's names for instruction, input, output or messages, where they are others
+):  # dicts of instruction, input, output (and messages, for a chat of several turns), one at a time
+    "The good rows as text columns; refused at the end with the first bad one and the count of all."
     first_bad, n_good, n_bad = None, 0, 0
-    for number, row in rows:
-        problem = row_problem(row)
+    for number, raw in rows:
+        row, problem = as_row(raw, columns)
+        problem = problem or row_problem(row)
         if problem is None:
             n_good += 1
-            yield dict(instruction=row['instruction'], input=row.get('input') or '', output=row['output'])
+            yield row | dict(input=row['input'] or '')
             continue
         n_bad += 1
         line = f'{where}: row {number}: {problem}'
@@ -286,29 +294,34 @@ def _train_and_test(
 def _dataset(
     rows,  # dicts of instruction, input, output
 ):  # Dataset
-    "Rows as a Dataset, a thousand at a time."
+    "Rows as a Dataset, a thousand at a time; the column `messages` is there if any row has several turns."
     import pyarrow as pa
-    schema = pa.schema([(name, pa.string()) for name in _columns])
+    schema, chats = pa.schema([(name, pa.string()) for name in (*_columns, 'messages')]), 0
 
     def batches(rows):
+        nonlocal chats
         while some := list(islice(rows, 1000)):
+            chats += sum('messages' in row for row in some)
             yield pa.RecordBatch.from_pylist(some, schema)
 
-    return spool(batches(iter(rows)), schema)
+    ds = spool(batches(iter(rows)), schema)
+    return ds if chats else ds.remove_columns('messages')
 
 def _checked_files(
     paths:list,  # files of rows
     skip_bad:bool,  # leave bad rows out instead of refusing
     bad:list,  # collects a line for each row left out
+    columns:dict=None,  # see `checked`
 ):  # dicts of instruction, input, output, one at a time
     "The good rows of several files, one file after the other."
     for path in paths:
-        yield from checked(iter_rows(path), path, skip_bad, bad)
+        yield from checked(iter_rows(path), path, skip_bad, bad, columns)
 
 def _load_folder(
     folder:Path,  # files of rows, in subfolders too
     skip_bad:bool,  # leave bad rows out instead of refusing
     bad:list,  # collects a line for each row left out
+    columns:dict=None,  # see `checked`
 ):  # DatasetDict with `train`, `test`, or both, as the file names say
     "All rows of a folder; a file's name tells its split."
     from datasets import DatasetDict
@@ -321,7 +334,7 @@ def _load_folder(
         splits.setdefault(_split_of(path.relative_to(folder)), []).append(path)
     loaded = DatasetDict()
     for split, its_paths in _train_and_test(splits, folder).items():
-        loaded[split] = _dataset(_checked_files(its_paths, skip_bad, bad))
+        loaded[split] = _dataset(_checked_files(its_paths, skip_bad, bad, columns))
     return loaded
 
 # %% ../nbs/01_data.ipynb #01-061
@@ -334,6 +347,7 @@ def load_alpaca(
     source:str='builtin',  # `builtin`, a file, a folder of files, a W&B artifact, or a hub id
     skip_bad:bool=False,  # leave bad rows out instead of refusing
     bad:list=None,  # collects a line for each row left out
+    columns:dict=None,  # the file's names for instruction, input, output or messages, see `parse_columns`
 ):  # DatasetDict with `train`, and `test` where the source has one; columns instruction, input, output
     "Load and check Alpaca rows; raises `Refused` with file and row number."
     from datasets import DatasetDict
@@ -342,13 +356,13 @@ def load_alpaca(
     if not path.exists() and ARTIFACT.match(source):
         path = fetch_artifact(source)
     if path.is_dir():
-        return _load_folder(path, skip_bad, bad)
+        return _load_folder(path, skip_bad, bad, columns)
     if path.exists():
-        return DatasetDict(train=_dataset(checked(iter_rows(path), path, skip_bad, bad)))
+        return DatasetDict(train=_dataset(checked(iter_rows(path), path, skip_bad, bad, columns)))
     if path.suffix.lower() in (*_suffixes, '.csv', '.txt') or not _hub.match(source):
         raise Refused(f'{source}: no such file or folder; '
                       'give a path, `builtin`, entity/project/name:alias or a hub id')
-    return _load_hub(source, skip_bad, bad)
+    return _load_hub(source, skip_bad, bad, columns)
 
 # %% ../nbs/01_data.ipynb #01-068
 def split_alpaca(
@@ -372,10 +386,12 @@ def split_alpaca(
 # %% ../nbs/01_data.ipynb #01-072
 def _texts(
     ds,  # Dataset of instruction, input, output
-):  # tuples of three texts
+):  # tuples of its texts
     "The rows of a Dataset one after the other, read a thousand at a time."
     for batch in ds.iter(1000):
-        yield from zip(batch['instruction'], batch['input'], batch['output'])
+        texts = [batch[name] for name in _columns]
+        texts.append(batch.get('messages') or [None]*len(texts[0]))
+        yield from zip(*texts)
 
 def shared_rows(
     train,  # Dataset of instruction, input, output
@@ -491,6 +507,7 @@ def _load_hub(
     name:str,  # `owner/name` of a data set on the hub
     skip_bad:bool,  # leave bad rows out instead of refusing
     bad:list,  # collects a line for each row left out
+    columns:dict=None,  # see `checked`
 ):  # DatasetDict with `train`, `test`, or both
     "A data set from the hub; refused in one line where it cannot be had."
     from datasets import DatasetDict, load_dataset
@@ -504,5 +521,5 @@ def _load_hub(
     loaded = DatasetDict()
     for split, (source,) in used.items():
         rows = enumerate(splits[source], 1)
-        loaded[split] = _dataset(checked(rows, f'{name} [{source}]', skip_bad, bad))
+        loaded[split] = _dataset(checked(rows, f'{name} [{source}]', skip_bad, bad, columns))
     return loaded

@@ -23,6 +23,7 @@ import torch
 
 from .data import Refused, load_alpaca, split_alpaca
 from .files import append_jsonl, read_jsonl, read_run
+from .formats import parse_columns
 from .manifest import rows_digest
 from .model import Tail, compute_dtype, load_model, load_tokenizer
 from .options import RunConfig
@@ -52,14 +53,15 @@ def run_options(
 
 # %% ../nbs/08_evaluate.ipynb #08-014
 def load_rows(
-    cfg:RunConfig,  # data, eval_data, skip_bad_rows, seed
+    cfg:RunConfig,  # data, eval_data, columns, skip_bad_rows, seed
 )->tuple:  # (DatasetDict with train and test, lines about rows left out)
     "Training and evaluation rows as the options say."
     from datasets import DatasetDict
     bad = []
-    ds = load_alpaca(cfg.data, cfg.skip_bad_rows, bad)
+    columns = parse_columns(cfg.columns)
+    ds = load_alpaca(cfg.data, cfg.skip_bad_rows, bad, columns)
     if cfg.eval_data:
-        other = load_alpaca(cfg.eval_data, cfg.skip_bad_rows, bad)
+        other = load_alpaca(cfg.eval_data, cfg.skip_bad_rows, bad, columns)
         return DatasetDict(train=ds['train'], test=other['test' if 'test' in other else 'train']), bad
     if 'train' not in ds:
         raise Refused(f'{cfg.data}: has {", ".join(ds)}, but no train split')

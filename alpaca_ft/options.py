@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field, fields
 
 from .data import Refused
+from .formats import parse_columns
 
 # %% ../nbs/a2_options.ipynb #a2-006
 def option(
@@ -34,6 +35,10 @@ class RunConfig:
                       'entity/project/name:alias, or a hub id')
     eval_data:str = option(None, "rows to evaluate on; none: the source's own test split, or a tenth of the rows "
                            '(at most 1000)')
+    columns:str = option(None, "the rows' names for our columns, as in instruction=question,output=answer; none: the "
+                         'usual ones, and chats (messages or conversations), are recognised', shown='PART=NAME,...')
+    template:str = option('alpaca', "how a row becomes text: `alpaca`, `chat` (the model's own chat template), or a "
+                          'file of Jinja', shown='alpaca|chat|FILE')
     out:str = option(None, 'the run folder, which must be new or empty; none: runs/NAME, numbered')
     method:str = option('freeze', '`freeze`: the chosen layers train; `lora`: small matrices added to them; `full`: '
                         'everything', choices=('freeze', 'lora', 'full'))
@@ -182,6 +187,10 @@ def check_options(
         if isinstance(v, (int, float)) and least is not None and v < least:
             raise Refused(f'{f.name} is {v}; give at least {least}')
     check_choice(cfg)
+    try:
+        parse_columns(cfg.columns)
+    except ValueError as e:
+        raise Refused(str(e)) from None
     if cfg.warmup > 1:
         raise Refused(f'warmup is {cfg.warmup}; it is a part of the steps, so give 0 to 1')
     if cfg.batch_size % cfg.micro_batch_size:

@@ -35,9 +35,9 @@ from .options import PRESETS, RunConfig, plan
 from .packing import pack
 from .prefix import (WholeModel, decide, packed_lengths, states_in_memory, states_on_disk, try_tail,
                      why_no_states, with_row_numbers)
-from .prompts import tokenize
+from .prompts import tokenize, use_template
 from .report import ReportCB, preflight_lines
-from .sampling import LLMSampleCB
+from .sampling import LLMSampleCB, show_row
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
 from .trainer import Metrics, PackedLoss, Rotate, StopAtNaN, StepCollator, make_trainer, on_device, quiet
@@ -225,6 +225,7 @@ def prepare(
     run = Run(cfg, place or settle(cfg.dtype))
     run.rows, bad = load_rows(cfg)
     run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+    use_template(run.tokenizer, cfg.template)
     pack_rows(run, bad)
     run.model = load_model(cfg.model, trust_remote_code=cfg.trust_remote_code)
     if has_adapter(run.model):
@@ -389,6 +390,7 @@ def notes(
 # %% ../nbs/16_run.ipynb #16-060
 def check(
     cfg:RunConfig,  # the options
+    show:int=0,  # packed rows to print as the trainer sees them
 )->dict:  # the report, printed too
     "Everything of a run short of the first step; nothing is written. Raises `Refused`."
     place = settle(cfg.dtype)
@@ -401,6 +403,9 @@ def check(
         run = prepare_shape(cfg, unknown)
     report = preflight(run, measure=not unknown)
     print('\n'.join(preflight_lines(report) + notes(run) + [f'unknown   {u}' for u in unknown]))
+    for i in range(min(show, len(run.train) if run.train else 0)):
+        print(f'\nrow {i} of {len(run.train)}')
+        print(show_row(run.train[i], run.tokenizer, cfg.loss_on, color=sys.stdout.isatty()))
     return report
 
 # %% ../nbs/16_run.ipynb #16-061

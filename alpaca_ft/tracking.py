@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from .data import Refused, _artifact, load_alpaca, split_alpaca, write_jsonl
 from .files import read_jsonl
+from .formats import file_row, parse_columns
 from .options import RunConfig
 
 # %% ../nbs/13_tracking.ipynb #13-006
@@ -252,6 +253,7 @@ def split(
     n_eval:int=None,  # rows for evaluation, see `split_alpaca`
     seed:int=42,  # of the shuffle
     skip_bad_rows:bool=False,  # leave unusable rows out
+    columns:str=None,  # the rows' names for our columns, see `parse_columns`
     track:str='none',  # `wandb`: log tables and the artifact alpaca_gpt4_splitted
     project:str='alpaca_ft',  # W&B's project
 )->str:  # what was written
@@ -259,11 +261,11 @@ def split(
     out, bad = Path(out), []
     if out.exists():
         raise Refused(f'{out}: exists already; give another --out, or remove it')
-    ds = split_alpaca(load_alpaca(raw, skip_bad_rows, bad)['train'], seed, n_eval)
+    ds = split_alpaca(load_alpaca(raw, skip_bad_rows, bad, parse_columns(columns))['train'], seed, n_eval)
     splits = dict(train=ds['train'], eval=ds['test'])
     part = out.with_name(out.name + '.part')
     for name, rows in splits.items():
-        write_jsonl(part/f'alpaca_gpt4_{name}.jsonl', rows)
+        write_jsonl(part/f'alpaca_gpt4_{name}.jsonl', map(file_row, rows))
     os.rename(part, out)
     sizes = {name: len(rows) for name, rows in splits.items()}
     if track == 'wandb':

@@ -1,0 +1,130 @@
+"Chats and other rows: masks against a slow reference, on the stock templates that TRL brings; a run on chats."
+import json
+import re
+from pathlib import Path
+
+import pytest
+import trl
+from transformers import AutoTokenizer
+
+from alpaca_ft import RunConfig, load_alpaca, train, use_template
+from alpaca_ft.prompts import end_ids, is_alpaca, row_prompt, tokenize
+from alpaca_ft.templates import DATE, ChatTemplate
+
+STOCK = Path(trl.__file__).parent/'chat_templates'
+# what ends an answer in each of them, before another turn and at the end
+ENDS = dict(llama3=('<|eot_id|>',)*2, llama3_1=('<|eot_id|>',)*2, llama3_2=('<|eot_id|>',)*2, gemma=('<end_of_turn>',)*2,
+            gemma3=('<end_of_turn>',)*2, qwen2_5=('<|im_end|>',)*2, qwen3=('<|im_end|>',)*2, phi3=('<|end|>',)*2,
+            cohere=('<|END_OF_TURN_TOKEN|>',)*2, gptoss=('<|end|>', '<|return|>'),
+            deepseekv3=('<｜end▁of▁sentence｜>',)*2)
+BEFORE = dict(qwen3=('', '<think>\n\n</think>\n\n'), gptoss=('<|channel|>final<|message|>',)*2)  # what is learnt too
+CHAT = [dict(role='user', content='Name a fruit, please.'), dict(role='assistant', content='An apple - ünd more.'),
+        dict(role='user', content='An apple - ünd more. Another?'), dict(role='assistant', content='A pear.')]
+
+
+def tokenizer_with(name, demo):
+    "The demo's tokenizer with a stock template and its special tokens."
+    text = (STOCK/f'{name}.jinja').read_text(encoding='utf-8')
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    special = {token for token in re.findall(r'<[|｜]?[\w▁ ]+[|｜]?>', text) if not re.search('think|tool', token)}
+    tokenizer.add_special_tokens(dict(additional_special_tokens=sorted(special)))
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+@pytest.fixture(scope='module')
+def demo():
+    from alpaca_ft.model import model_folder
+    return model_folder('demo')
+
+
+def slow_mask(text, ids, tokenizer, learnt):
+    "The mask, token by token: each piece that is learnt is looked for behind the one before, and tokens are measured."
+    spans, place = [], 0
+    for piece in learnt:
+        at = text.index(piece, place)
+        spans.append((at, at + len(piece)))
+        place = at + len(piece)
+    mask = []
+    for i in range(len(ids)):
+        before, here = tokenizer.decode(ids[:i]), tokenizer.decode(ids[:i + 1])
+        start = len(before.rstrip('\ufffd'))
+        mask.append(int(any(first <= start < last for first, last in spans) and here != before))
+    return mask
+
+
+@pytest.mark.parametrize('name', list(ENDS))
+def test_masks(name, demo):
+    "Answers and their ends are learnt, and nothing else; ids are those of transformers."
+    if not (STOCK/f'{name}.jinja').exists():
+        pytest.skip(f'this TRL does not bring {name}.jinja')
+    tokenizer = tokenizer_with(name, demo)
+    use_template(tokenizer, 'chat')
+    ids, mask = ChatTemplate(tokenizer).tokens(CHAT)
+    assert ids == tokenizer.apply_chat_template(CHAT, date_string=DATE)['input_ids']
+    before, ends = BEFORE.get(name, ('', '')), ENDS[name]
+    learnt = [before[0] + CHAT[1]['content'] + ends[0], before[1] + CHAT[3]['content'] + ends[1]]
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False, date_string=DATE)
+    first = text.rindex(learnt[0], 0, text.index(CHAT[2]['content'], text.index(ends[0])))
+    padded = '\0'*first + text[first:]  # the same words of the user do not count
+    assert mask == slow_mask(padded, ids, tokenizer, learnt)
+    assert tokenizer.convert_tokens_to_ids(ends[1]) in end_ids(tokenizer)
+
+
+@pytest.mark.parametrize('name', ['gemma', 'qwen3', 'qwen2_5'])
+def test_prompt_is_the_beginning(name, demo):
+    "What the model is asked with is what stood before the answer in training."
+    if not (STOCK/f'{name}.jinja').exists():
+        pytest.skip(f'this TRL does not bring {name}.jinja')
+    tokenizer = tokenizer_with(name, demo)
+    use_template(tokenizer, 'chat')
+    row = dict(instruction='Name a fruit.', input='Not an apple.', output='A pear.')
+    ids, mask = ChatTemplate(tokenizer).tokens([dict(role='user', content='Name a fruit.\n\nNot an apple.'),
+                                                dict(role='assistant', content='A pear.')])
+    asked = tokenizer(row_prompt(row, tokenizer), add_special_tokens=False)['input_ids']
+    assert ids[:mask.index(1)] == asked
+
+
+def write_chats(path, n=24):
+    "Chats of two questions, some with a system message."
+    rows = []
+    for i in range(n):
+        turns = [dict(role='user', content=f'What is {i} plus one?'), dict(role='assistant', content=f'It is {i + 1}.'),
+                 dict(role='user', content='And plus two?'), dict(role='assistant', content=f'It is {i + 2}.')]
+        if i % 3 == 0:
+            turns.insert(0, dict(role='system', content='Answer briefly.'))
+        rows.append(dict(messages=turns))
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+
+
+def test_run_on_chats(tiny, tmp_path):
+    "A run on chats of several turns: the template is in the saved tokenizer, and samples are asked in it."
+    write_chats(tmp_path/'chats.jsonl')
+    template = tmp_path/'own.jinja'
+    template.write_text("{% for m in messages %}{{ m.role + ':\n' + m.content }}"
+                        "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
+                        "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}")
+    cfg = RunConfig(model=str(tiny), data=str(tmp_path/'chats.jsonl'), template=str(template), out=str(tmp_path/'run'),
+                    n_freeze=2, seq_len=128, max_steps=3, n_samples=2, max_new_tokens=4, dtype='fp32')
+    run = train(cfg)
+    assert 'messages' in run.rows['train'].column_names
+    saved = AutoTokenizer.from_pretrained(tmp_path/'run'/'model')
+    assert not is_alpaca(saved) and saved.chat_template == template.read_text()
+    samples = [json.loads(line) for line in (tmp_path/'run'/'samples.jsonl').read_text().splitlines()]
+    assert all(s['prompt'].endswith('user:\nAnd plus two?\nassistant:\n') for s in samples)
+    assert all(re.fullmatch(r'It is \d+\.', s['reference']) for s in samples)
+
+
+def test_chats_in_alpaca_prompts(tiny, tmp_path):
+    "Chats without a system message go through Alpaca's prompts; one question and answer is an Alpaca row."
+    rows = [dict(conversations=[{'from': 'human', 'value': 'Hi.'}, {'from': 'gpt', 'value': 'Hello.'}]),
+            dict(messages=[dict(role='user', content='Hi.'), dict(role='assistant', content='Hello.'),
+                           dict(role='user', content='Bye.'), dict(role='assistant', content='Bye.')])]
+    (tmp_path/'rows.json').write_text(json.dumps(rows))
+    ds = load_alpaca(tmp_path/'rows.json')['train']
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    one, two = tokenize(ds, tokenizer)
+    plain = tokenize(ds.select([0]).remove_columns('messages'), tokenizer)[0]
+    assert one == plain
+    assert two['input_ids'][:len(one['input_ids'])] == one['input_ids']
+    assert sum(two['completion_mask']) > sum(one['completion_mask'])
