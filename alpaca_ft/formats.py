@@ -43,8 +43,10 @@ def hint(
     pairs = [f'{part}={name}' for part, name in found.items() if part != name]
     if 'instruction' in found and 'output' in found and pairs:
         return f'; give --columns {",".join(pairs)}'
-    names = ', '.join(str(name) for name in list(row)[:8])
-    return f'; its columns are {names}: say with --columns which is what' if names else ''
+    others = [str(name) for name in row if name not in PARTS]
+    if not others:
+        return ''
+    return f'; it has {", ".join(others[:8])}: say with --columns which is what'
 
 # %% ../nbs/a6_formats.ipynb #a6-013
 ROLES = dict(system='system', user='user', human='user', assistant='assistant', gpt='assistant', bot='assistant',
