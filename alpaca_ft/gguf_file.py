@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TYPES', 'CUTS', 'architecture', 'permute_rows', 'rope_factors', 'stored_as', 'cut_of', 'cut_name',
-           'token_list', 'token_scores', 'add_tokenizer', 'add_shape', 'tensor_table', 'tensor_bytes', 'write_gguf',
-           'check_gguf', 'ollama_template', 'asks_alpaca', 'modelfile']
+           'token_list', 'token_scores', 'add_tokenizer', 'add_shape', 'tensor_table', 'tensor_bytes', 'described',
+           'write_gguf', 'check_gguf', 'ollama_template', 'asks_alpaca', 'modelfile']
 
 # %% ../nbs/a4_gguf.ipynb #a4-003
 import json
@@ -265,6 +265,22 @@ def tensor_bytes(
     return quantize(values.numpy(), as_type)
 
 # %% ../nbs/a4_gguf.ipynb #a4-060
+def described(
+    folder,  # a model folder of transformers
+)->tuple:  # (config, tokenizer)
+    "Config and tokenizer of a model folder; refused where it cannot become a GGUF file."
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError:
+        raise Refused(f'{folder}: a model that brings code of its own has no place in GGUF; use --format hf') from None
+    architecture(config)
+    if getattr(tokenizer, 'backend_tokenizer', None) is None:
+        raise Refused(f'{folder}: a tokenizer without tokenizer.json is not written into a GGUF file; use --format hf')
+    cut_name(json.loads(tokenizer.backend_tokenizer.to_str()))
+    return config, tokenizer
+
+# %% ../nbs/a4_gguf.ipynb #a4-063
 def write_gguf(
     folder,  # a model folder of transformers
     to,  # the file
@@ -273,7 +289,7 @@ def write_gguf(
 )->None:
     "Write a model folder as a GGUF file."
     folder = Path(folder)
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = described(folder)
     rows = tensor_table(folder, config)
     writer = gguf.GGUFWriter(to, architecture(config))
     writer.add_type('model')
@@ -295,7 +311,7 @@ def write_gguf(
     finally:
         writer.close()
 
-# %% ../nbs/a4_gguf.ipynb #a4-080
+# %% ../nbs/a4_gguf.ipynb #a4-083
 def check_gguf(
     file,  # what `write_gguf` wrote
     folder,  # the model folder
@@ -312,7 +328,7 @@ def check_gguf(
         if found[row[0]].data.tobytes() != tensor_bytes(row, config, kind).tobytes():
             raise OSError(f'{file}: {row[0]} does not read back as it was')
 
-# %% ../nbs/a4_gguf.ipynb #a4-084
+# %% ../nbs/a4_gguf.ipynb #a4-087
 def ollama_template(
     eos:str,  # the text of the EOS token
 )->str:  # a Go template
@@ -323,7 +339,7 @@ def ollama_template(
     without = before + '{{ .Prompt }}' + end
     return '{{ if .System }}' + with_input + '{{ else }}' + without + '{{ end }}{{ .Response }}' + eos
 
-# %% ../nbs/a4_gguf.ipynb #a4-087
+# %% ../nbs/a4_gguf.ipynb #a4-090
 def asks_alpaca(
     tokenizer,  # of a saved model
 )->bool:
@@ -336,7 +352,7 @@ def asks_alpaca(
         return False
     return text.endswith(create_prompt_no_answer(row)['text'])
 
-# %% ../nbs/a4_gguf.ipynb #a4-088
+# %% ../nbs/a4_gguf.ipynb #a4-091
 def modelfile(
     file:str,  # the GGUF file's name, beside the Modelfile
     tokenizer,  # of the saved model
