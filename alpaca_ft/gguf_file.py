@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'TYPES', 'CUTS', 'architecture', 'permute_rows', 'rope_factors', 'stored_as', 'cut_of', 'cut_name',
            'token_list', 'token_scores', 'add_tokenizer', 'add_shape', 'tensor_table', 'tensor_bytes', 'described',
-           'write_gguf', 'check_gguf', 'ollama_template', 'asks_alpaca', 'modelfile']
+           'write_gguf', 'check_gguf', 'ollama_template', 'modelfile']
 
 # %% ../nbs/a4_gguf.ipynb #a4-003
 import json
@@ -24,7 +24,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .data import Refused
-from .prompts import create_prompt_no_answer, prompt_input, prompt_no_input
+from .prompts import end_ids, is_alpaca, prompt_input, prompt_no_input
 
 # %% ../nbs/a4_gguf.ipynb #a4-011
 KINDS = dict(llama='llama', mistral='llama', qwen2='qwen2', qwen3='qwen3')  # model type: its architecture in GGUF
@@ -191,6 +191,9 @@ def add_tokenizer(
     for kind, i in ids.items():
         if i is not None:
             getattr(writer, f'add_{kind}_token_id')(i)
+    for i in end_ids(tokenizer):
+        if i != tokenizer.eos_token_id:
+            writer.add_eot_token_id(i)  # of a turn
     first = tokenizer('a')['input_ids'][0]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id)
     writer.add_add_eos_token(False)  # a prompt does not end
@@ -311,7 +314,7 @@ def write_gguf(
     finally:
         writer.close()
 
-# %% ../nbs/a4_gguf.ipynb #a4-083
+# %% ../nbs/a4_gguf.ipynb #a4-085
 def check_gguf(
     file,  # what `write_gguf` wrote
     folder,  # the model folder
@@ -328,7 +331,7 @@ def check_gguf(
         if found[row[0]].data.tobytes() != tensor_bytes(row, config, kind).tobytes():
             raise OSError(f'{file}: {row[0]} does not read back as it was')
 
-# %% ../nbs/a4_gguf.ipynb #a4-087
+# %% ../nbs/a4_gguf.ipynb #a4-089
 def ollama_template(
     eos:str,  # the text of the EOS token
 )->str:  # a Go template
@@ -339,20 +342,7 @@ def ollama_template(
     without = before + '{{ .Prompt }}' + end
     return '{{ if .System }}' + with_input + '{{ else }}' + without + '{{ end }}{{ .Response }}' + eos
 
-# %% ../nbs/a4_gguf.ipynb #a4-090
-def asks_alpaca(
-    tokenizer,  # of a saved model
-)->bool:
-    "Whether the chat template that was saved writes the Alpaca prompts."
-    row = dict(instruction='a', input='b')
-    try:
-        text = tokenizer.apply_chat_template([dict(role='user', content='a', input='b')], tokenize=False,
-                                             add_generation_prompt=True)
-    except Exception:  # none, or one that does not take such a message
-        return False
-    return text.endswith(create_prompt_no_answer(row)['text'])
-
-# %% ../nbs/a4_gguf.ipynb #a4-091
+# %% ../nbs/a4_gguf.ipynb #a4-092
 def modelfile(
     file:str,  # the GGUF file's name, beside the Modelfile
     tokenizer,  # of the saved model
@@ -360,12 +350,15 @@ def modelfile(
 )->str:  # Ollama's recipe
     "A Modelfile: weights, template, where an answer stops, and the settings under which it is that of `sample`."
     lines = ['# ollama create NAME -f Modelfile', f'FROM ./{file}']
-    stops = [tokenizer.eos_token]
-    if asks_alpaca(tokenizer):
+    stops = tokenizer.convert_ids_to_tokens(end_ids(tokenizer))
+    if is_alpaca(tokenizer):
         heading = prompt_no_input(dict(instruction='\0')).split('\0')[0].split('\n')[-2]
         stops.append(heading)
         lines += ['# What is given as system message becomes the input of the instruction.',
                   f'TEMPLATE """{ollama_template(tokenizer.eos_token)}"""']
+    else:
+        lines.append('# Trained with a chat template: llama.cpp reads it from the file; '
+                     'Ollama wants it here, as a Go TEMPLATE.')
     for stop in stops:
         lines.append(f'PARAMETER stop "{stop}"')
     lines += ['PARAMETER temperature 0', 'PARAMETER repeat_penalty 1', f'PARAMETER num_ctx {min(positions, 4096)}']

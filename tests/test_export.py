@@ -236,11 +236,15 @@ func main() {
     assert json.loads(r.stdout) == [create_prompt(dict(instruction=x['Prompt'], input=x['System'], output=x['Response'])) + '<|im_end|>' for x in rows]
 
 
-def test_modelfile_of_another_template(tokenizer):
-    "A model that asks in its own way gets no template of ours."
+def test_modelfile_of_another_template(tokenizer, here):
+    "A model that was trained with a chat template gets none of ours, and a line that says so."
     import copy
-    tok = copy.deepcopy(tokenizer); tok.chat_template = '{% for m in messages %}[{{ m.content }}]{% endfor %}'
+    from alpaca_ft.prompts import use_template
+    tok = copy.deepcopy(tokenizer)
+    (here/'t.jinja').write_text('{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}')
+    use_template(tok, 't.jinja')
     said = parse_modelfile(modelfile('m.gguf', tok, 9999))
+    assert '# Trained with a chat template' in modelfile('m.gguf', tok, 9999)
     assert [n for n, _ in said] == ['FROM', 'stop', 'temperature', 'repeat_penalty', 'num_ctx'] and dict(said)['num_ctx'] == '4096'
 
 
