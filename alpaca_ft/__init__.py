@@ -15,6 +15,7 @@ _modules = dict(
           'has_adapter freeze untie decoder_layers param_count compute_dtype autocast settle checkpoint_trained '
           'share cut_layers Trunk Tail memory_estimate model_shape save_model',
     manifest='Manifest compare_manifests',
+    gguf_file='write_gguf modelfile',
     sampling='generate generate_all generation_config LLMSampleCB fit_prompt printable visible as_found before_after',
     trainer='sft_config make_trainer token_losses PackedLoss PackedSFTTrainer Diverged quiet',
     evaluate='evaluate find_model interval judge repetition',

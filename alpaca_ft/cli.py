@@ -97,10 +97,13 @@ COMMANDS = dict(  # command: (help, 'module:function', {argument: how argparse t
         '--to': dict(metavar='FOLDER', help="for the results [the run's]"),
         '--trust-remote-code': _trust,
     }),
-    export=('a model folder for plain transformers, with a model card', 'use:export', {
+    export=('a model folder for plain transformers, or a GGUF file, with a model card', 'use:export', {
         'run': _run | dict(help='a run folder'),
         '--to': dict(required=True, metavar='FOLDER', help='must not exist yet'),
-        '--dtype': dict(choices=('bf16', 'fp32'), default='bf16', help='of the weights [bf16]'),
+        '--format': dict(choices=('hf', 'gguf'), default='hf',
+                         help='hf: for transformers; gguf: a file for llama.cpp, with a Modelfile for Ollama [hf]'),
+        '--dtype': dict(choices=('bf16', 'fp32'), help='of the weights, for --format hf [bf16]'),
+        '--type': dict(choices=('f16', 'q8_0'), help='of the weights, for --format gguf [f16]'),
         '--push': dict(metavar='hub:NAME|wandb:NAME', help='send it there too [nothing is sent]'),
         '--trust-remote-code': _trust,
     }),

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['HELP', 'SETTINGS', 'DTYPES', 'load_both', 'ask_rows', 'sample', 'turn_ids', 'conversation_ids', 'Show',
            'stream_answer', 'read_message', 'chat', 'table', 'verbatim', 'measured', 'model_card', 'check_written',
-           'merged_model', 'export', 'push_to_hub', 'push_to_wandb']
+           'merged_model', 'write_hf', 'check_kind', 'write_gguf_folder', 'check_export', 'export', 'push_to_hub',
+           'push_to_wandb']
 
 # %% ../nbs/17_use.ipynb #17-003
 import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from .data import Refused, read_rows, row_problem
 from .evaluate import comparison_lines, find_model
 from .files import append_jsonl, read_run
-from .model import autocast, compute_dtype, has_adapter, load_model, load_tokenizer
+from .gguf_file import check_gguf, described, modelfile, write_gguf
+from .model import autocast, compute_dtype, has_adapter, load_model, load_tokenizer, model_folder
 from .prompts import create_prompt_no_answer, prompt_ids, prompt_input, prompt_no_input
 from .report import facts
 from .sampling import as_found, fit_prompt, generate_all, generation_config, visible
@@ -310,42 +313,114 @@ def merged_model(
     model = load_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
     return PeftModel.from_pretrained(model, folder).merge_and_unload().to(dtype)
 
-# %% ../nbs/17_use.ipynb #17-067
-def export(
+# %% ../nbs/17_use.ipynb #17-hf1
+def write_hf(
     run,  # a run folder
-    to,  # a folder that does not exist yet
-    dtype:str='bf16',  # `bf16` or `fp32`
-    push:str=None,  # `hub:NAME` or `wandb:NAME`: sent there too; None: nothing leaves the machine
-    trust_remote_code:bool=False,  # run Python code that comes with the model
-)->str:  # what was written
-    "A folder for plain transformers: weights in one precision, tokenizer with the template, model card."
+    folder:Path,  # to write into
+    dtype:str,  # a key of `DTYPES`
+    trust_remote_code:bool,  # run Python code that comes with the model
+)->None:
+    "A run's model as a folder for plain transformers, read back."
+    name, _ = find_model(run)
+    model, tokenizer, _ = load_both(run, DTYPES[dtype], trust_remote_code)
+    if has_adapter(model):
+        model = merged_model(name, DTYPES[dtype], trust_remote_code)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    check_written(model, folder, trust_remote_code)
+
+# %% ../nbs/17_use.ipynb #17-gg2
+def check_kind(
+    name:str,  # a run's model folder
+)->None:
+    "Refuse a model that cannot become a GGUF file."
+    folder = Path(name)
+    if (folder/'adapter_config.json').exists():
+        adapter = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))
+        folder = model_folder(adapter['base_model_name_or_path'])
+    if folder is not None:  # else its base is fetched first, and it is refused after that
+        described(folder)
+
+# %% ../nbs/17_use.ipynb #17-gg3
+def write_gguf_folder(
+    run,  # a run folder
+    folder:Path,  # to write into
+    kind:str,  # `f16` or `q8_0`
+)->None:
+    "A run's model as a GGUF file, read back, and a Modelfile."
+    name, _ = find_model(run)
+    title = Path(run).resolve().name
+    file = folder/f'{title}-{kind}.gguf'
+    with tempfile.TemporaryDirectory(dir=folder) as tmp:
+        source = Path(name)
+        if (source/'adapter_config.json').exists():
+            merged_model(source, torch.float32).save_pretrained(tmp)
+            AutoTokenizer.from_pretrained(source).save_pretrained(tmp)
+            source = Path(tmp)
+        write_gguf(source, file, kind, title)
+        check_gguf(file, source, kind)
+        config, tokenizer = described(source)
+    recipe = modelfile(file.name, tokenizer, config.max_position_embeddings)
+    (folder/'Modelfile').write_text(recipe, encoding='utf-8')
+
+# %% ../nbs/17_use.ipynb #17-ch1
+def check_export(
+    run,  # a run folder
+    to:Path,  # a folder that does not exist yet
+    dtype:str,  # of `hf`, or None
+    push:str,  # `hub:NAME`, `wandb:NAME` or None
+    format:str,  # `hf` or `gguf`
+    type:str,  # of `gguf`, or None
+)->dict:  # the run's config
+    "Refuse what cannot be exported, before anything is loaded."
     name, config = find_model(run)
     where, _, target = (push or '').partition(':')
     if not config:
         raise Refused(f'{run}: not a run folder; export takes a folder that alpaca_ft train wrote')
     if push and (where not in ('hub', 'wandb') or not target):
         raise Refused(f'--push is {push!r}; give hub:OWNER/NAME or wandb:NAME')
-    to = Path(to)
+    if (dtype if format == 'gguf' else type):
+        raise Refused('--dtype is for --format hf, and --type for --format gguf; leave the other one out')
     if to.exists():
         raise Refused(f'{to}: exists already; give another --to, or remove it')
-    trust = trust_remote_code or config.get('trust_remote_code', False)
-    model, tokenizer, _ = load_both(run, DTYPES[dtype], trust)
-    if has_adapter(model):
-        model = merged_model(name, DTYPES[dtype], trust)
+    if format == 'gguf':
+        check_kind(name)
+    return config
+
+# %% ../nbs/17_use.ipynb #17-067
+def export(
+    run,  # a run folder
+    to,  # a folder that does not exist yet
+    dtype:str=None,  # of `hf`: `bf16` or `fp32`; None: bf16
+    push:str=None,  # `hub:NAME` or `wandb:NAME`: sent there too; None: nothing leaves the machine
+    trust_remote_code:bool=False,  # run Python code that comes with the model
+    format:str='hf',  # `hf`: for plain transformers; `gguf`: for llama.cpp and Ollama
+    type:str=None,  # of `gguf`: `f16` or `q8_0`; None: f16
+)->str:  # what was written
+    "A folder that others load: weights in one precision, the template of the training, model card."
+    to = Path(to)
+    config = check_export(run, to, dtype, push, format, type)
+    precision = (type or 'f16') if format == 'gguf' else (dtype or 'bf16')
     part = to.with_name(to.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    (part/'README.md').write_text(model_card(run, dtype), encoding='utf-8')
-    check_written(model, part, trust)
+    part.mkdir(parents=True)
+    try:
+        if format == 'gguf':
+            write_gguf_folder(run, part, precision)
+        else:
+            write_hf(run, part, precision, trust_remote_code or config.get('trust_remote_code', False))
+    except Refused:
+        shutil.rmtree(part)
+        raise
+    (part/'README.md').write_text(model_card(run, precision), encoding='utf-8')
     os.rename(part, to)
+    where, _, target = (push or '').partition(':')
     if where == 'hub':
         push_to_hub(to, target)
     if where == 'wandb':
-        push_to_wandb(to, target, config['project'], dtype)
+        push_to_wandb(to, target, config['project'], precision)
     size = sum(f.stat().st_size for f in to.iterdir())/1e6
-    return f'{to}: {size:,.1f} MB, {dtype}' + (f'; {push}' if push else '')
+    return f'{to}: {size:,.1f} MB, {precision}' + (f'; {push}' if push else '')
 
 # %% ../nbs/17_use.ipynb #17-077
 def push_to_hub(
