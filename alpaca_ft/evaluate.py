@@ -594,7 +594,9 @@ def run_tasks(
 )->dict:  # `task metric`: values, a row each; one value where it is no mean over rows
     "What lm-eval finds, row by row where a measure has rows."
     import logging
+    import datasets
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # to read a local file it would tell a server that it does
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -756,8 +758,8 @@ def summary(
     if len(first['losses']) < len(rows):
         said.append(f"{len(rows) - len(first['losses'])} rows have no room for a response and are in no loss")
     if other and LEAST <= len(first['losses']) < FEW:
-        said.append(f'fewer than {FEW} rows: if a few differ much from the rest, the intervals of the losses')
-        said.append('miss one time in ten, not one in twenty')
+        said.append(f'fewer than {FEW} rows: if a few of them differ much from the rest, the intervals')
+        said.append('of the losses miss one time in ten, not one in twenty')
     if len({m['vocabulary'] for m in each.values()}) > 1:
         said.append('the tokenizers differ, so losses count different tokens and are not compared')
     result = dict(models=list(each), rows=len(rows), answered=n, measures=lines, references=first['references'])

@@ -59,7 +59,7 @@ def test_evaluate(done, command):
     code, out, err = command('evaluate', done.out, '--against', '--n-samples', 3, '--max-new-tokens', 6)
     assert code == 0, err
     result = json.loads((done.out/'evaluation.json').read_text())
-    loss = result['measures'][0]
+    loss = result['measures'][1]
     assert loss['measure'] == 'loss, all tokens' and loss['value'] < loss['other'] and loss['low'] <= loss['difference'] <= loss['high'] < 0 and not loss['noise']
     assert 'within noise' in out and result['rows'] == len(done.rows['test'])
     side = [json.loads(l) for l in open(done.out/'evaluation.jsonl')]
