@@ -608,7 +608,7 @@ def run_tasks(
     for name, results in found['results'].items():
         for key, value in results.items():
             metric, _, how = key.partition(',')
-            if not how or metric.endswith('_stderr'):
+            if not how or metric.endswith('stderr'):
                 continue
             rows = [s.get(metric) for s in found['samples'][name] if s['filter'] == how]
             plain = all(isinstance(v, (bool, int, float, np.number)) for v in rows)
