@@ -20,7 +20,6 @@ import re
 import time
 import urllib.request
 from dataclasses import fields
-from functools import lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -210,7 +209,6 @@ def sums_and_counts(
     return np.array(sums, float), np.array(counts, float)
 
 # %% ../nbs/08_evaluate.ipynb #08-n22
-@lru_cache
 def t_value(
     freedom:float,  # rows less one
 )->float:  # standard errors
