@@ -84,17 +84,19 @@ COMMANDS = dict(  # command: (help, 'module:function', {argument: how argparse t
         '--temperature': dict(type=float, default=0., metavar='T', help='0: always the likeliest token [0]'),
         '--trust-remote-code': _trust,
     }),
-    evaluate=('measure a model, or two on the same rows', 'evaluate:evaluate', {
-        'run': _run,
+    evaluate=('measure a run before and after, or several, on rows held back', 'evaluate:evaluate', {
+        'runs': _run | dict(nargs='+', help='a run folder, a model folder or a hub id; several: the mean of them'),
         '--against': dict(nargs='?', const='base', metavar='MODEL',
-                          help='another one; without a name, the one that the run started from'),
+                          help='compare with this model; `none`: with nothing [the one that the run started from]'),
         '--data': dict(metavar='ROWS', help='rows [those that the run held back]'),
-        '--n-samples': dict(type=int, default=50, metavar='N', help='rows answered [50]'),
-        '--max-new-tokens': _tokens | dict(default=128, help='tokens in an answer, at most [128]'),
+        '--n-samples': dict(type=int, metavar='N', help='rows answered, from the first on [all]'),
+        '--max-new-tokens': _tokens,
+        '--tasks': dict(metavar='FILE', nargs='+',
+                        help='task files of lm-eval with local data (needs alpaca_ft[eval])'),
         '--judge-url': dict(metavar='URL', help='an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, '
                             'that says which answer is better; it gets prompts and answers'),
         '--judge-model': dict(default='gpt-4o-mini', metavar='NAME', help="the judge's model [gpt-4o-mini]"),
-        '--to': dict(metavar='FOLDER', help="for the results [the run's]"),
+        '--to': dict(metavar='FOLDER', help="for the results [the run's; several runs: evaluation]"),
         '--trust-remote-code': _trust,
     }),
     export=('a model folder for plain transformers, or a GGUF file, with a model card', 'use:export', {

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHARTS', 'series', 'page_svg', 'chart', 'facts', 'settings', 'differing', 'prompt_parts', 'spread', 'sample_cards',
-           'preflight_lines', 'evaluation_rows', 'changed_options', 'packing_picture', 'render', 'write_report',
-           'ReportCB']
+           'preflight_lines', 'evaluation_rows', 'changed_options', 'packing_picture', 'evaluated', 'render',
+           'write_report', 'ReportCB']
 
 # %% ../nbs/15_report.ipynb #15-003
 import base64
@@ -23,7 +23,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from .data import Refused
-from .files import read_run
+from .evaluate import comparison_lines
+from .files import read_json, read_run
 from .options import RunConfig
 from .packing import plot_packing
 from .sampling import visible
@@ -309,6 +310,17 @@ def packing_picture(
 
     return _svg(draw, .3*len(lengths) + .5, 'packed rows')
 
+# %% ../nbs/15_report.ipynb #15-ev1
+def evaluated(
+    folder:Path,  # of a run
+)->str:  # lines of text; empty where nothing was measured
+    "What `alpaca_ft evaluate` left in a run's folder."
+    found = read_json(folder/'evaluation.json')
+    if not found:
+        return ''
+    what = f"{' and '.join(reversed(found['models']))}, {found['rows']:,} rows held back"
+    return '\n'.join([what, *comparison_lines(found['measures'], found.get('heads', ('against', 'model')))])
+
 # %% ../nbs/15_report.ipynb #15-057
 def _about(
     r:dict,  # see `read_run`
@@ -321,7 +333,7 @@ def _about(
     return dict(name=r['name'], status=status, facts=facts(r), evals=evaluation_rows(r['metrics']),
                 preflight=[(line[:10].strip(), line[10:].strip()) for line in lines],
                 settings=settings(r['config']).items(), changed=changed_options(r['config']),
-                packing=packing_picture(p['packing']) if p.get('packing') else '')
+                packing=packing_picture(p['packing']) if p.get('packing') else '', evaluation=evaluated(r['folder']))
 
 # %% ../nbs/15_report.ipynb #15-058
 def render(

@@ -1,0 +1,287 @@
+"Better, or only different: intervals that hold, several runs, what was forgotten, tasks of lm-eval, a key that stays."
+import http.server
+import json
+import math
+import os
+import shutil
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from alpaca_ft import Refused, RunConfig, load_alpaca, train
+from alpaca_ft.evaluate import (FEW, LEAST, ask_judge, check_tasks, evaluate, interval, judge_headers, measure, median_interval,
+                                share_interval)
+
+ROWS = (5, 8, 12, 36, 100)
+TASK = Path(__file__).parent/'tasks'/'everyday.yaml'
+
+
+# intervals
+
+def outcomes(n):
+    "All numbers of rows that became better and worse."
+    return [(better, worse) for better in range(n + 1) for worse in range(n + 1 - better)]
+
+
+@pytest.mark.parametrize('n', ROWS)
+def test_shares_hold(n):
+    "Nothing is drawn: all outcomes, each with its probability, in 90 cases. Never under 93.5 %, where 95 % are promised."
+    cells, found = outcomes(n), []
+    for better, worse in cells:
+        rows = np.repeat([1., -1., 0.], [better, worse, n - better - worse])
+        found.append(share_interval(rows, 0*rows)[1:])
+    low, high = np.array(found).T
+    better, worse = np.array(cells).T
+    factor = np.array([math.lgamma(k + 1) for k in range(n + 1)])
+    ways = factor[n] - factor[better] - factor[worse] - factor[n - better - worse]
+    seen = []
+    for up in (.005, .02, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9):
+        for down in (1e-9, .005, .02, .05, .1, .2, .3, .4):
+            if up + down < .999:
+                chance = np.exp(ways + better*np.log(up) + worse*np.log(down) + (n - better - worse)*np.log(1 - up - down))
+                assert abs(chance.sum() - 1) < 1e-6
+                seen.append(chance[(low <= up - down + 1e-9) & (up - down <= high + 1e-9)].sum())
+    assert len(seen) > 85 and min(seen) > .935, (n, min(seen))
+
+
+@pytest.mark.parametrize('n', ROWS)
+@pytest.mark.parametrize('kind, most', [('even', .07), ('noisy when short', .07), ('lopsided', .13)])
+def test_losses_hold(n, kind, most):
+    "Lengths of the built-in responses in words. Where a few rows differ much, fewer than 30 rows miss up to twice as often."
+    rng = np.random.default_rng(0)
+    lengths = np.array([len(r['output'].split()) + 1 for r in load_alpaca()['train']], float)
+    noise = rng.normal(size=len(lengths)) if kind != 'lopsided' else rng.exponential(size=len(lengths)) - 1
+    changes = noise*(lengths**.5 if kind == 'noisy when short' else lengths)
+    truth, missed = changes.sum()/lengths.sum(), 0
+    for _ in range(1500):
+        rows = rng.integers(len(lengths), size=n)
+        _, low, high = interval((changes[rows], lengths[rows]), (0*lengths[rows], lengths[rows]))
+        missed += low is not None and not low <= truth <= high
+    assert missed/1500 < (most if n < FEW else min(most, .105)), (n, kind, missed/1500)
+
+
+@pytest.mark.parametrize('n', [6, 8, 12, 36, 100])
+def test_medians_hold(n):
+    rng = np.random.default_rng(n)
+    missed = 0
+    for x in np.exp(rng.normal(size=(1500, n))):
+        _, low, high = median_interval(x, 0*x)
+        missed += not low <= 1 <= high
+    assert missed/1500 < .06
+
+
+def test_too_few_rows():
+    x = np.arange(float(LEAST - 1))
+    for method in (interval, share_interval, median_interval):
+        assert method(x, 0*x)[1:] == (None, None)
+    assert median_interval(np.arange(5.), np.zeros(5))[1:] == (None, None)  # their ends hold it in 94 of 100 cases
+
+
+# several runs
+
+@pytest.fixture(scope='module')
+def seeds(tiny, rows, tmp_path_factory):
+    "Two runs on one split."
+    folder = tmp_path_factory.mktemp('seeds')
+    lines = rows.read_text().splitlines(keepends=True)
+    (folder/'train.jsonl').write_text(''.join(lines[:30]))
+    (folder/'test.jsonl').write_text(''.join(lines[30:]))
+    common = dict(model=str(tiny), n_freeze=2, seq_len=256, max_steps=3, eval_every=3, n_samples=0, lr=5e-3, dtype='fp32')
+    one_split = dict(data=str(folder/'train.jsonl'), eval_data=str(folder/'test.jsonl'))
+    for seed in (1, 2):
+        train(RunConfig(out=str(folder/f'run{seed}'), seed=seed, **common, **one_split), [])
+    shutil.copytree(folder/'run1', folder/'apart')  # and a run that split all rows for itself
+    config = yaml.safe_load((folder/'run1'/'config.yaml').read_text()) | dict(data=str(rows), eval_data=None, seed=3, manifest=None)
+    (folder/'apart'/'config.yaml').write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_several_runs(seeds, tiny, here, command):
+    code, out, err = command('evaluate', seeds/'run1', seeds/'run2', '--max-new-tokens', 6)
+    assert code == 0, err
+    assert '10 rows held back, all of them answered' in out and 'over the runs' in out and 'miss one time in ten' in out
+    assert all(len(line) <= 80 for line in out.splitlines()), out
+    mean = json.loads(Path('evaluation/evaluation.json').read_text())
+    own = [json.loads((seeds/f'run{i}'/'evaluation.json').read_text()) for i in (1, 2)]
+    assert mean['models'] == [str(seeds/'run1'), str(seeds/'run2'), str(tiny)] and mean['answered'] == 10
+    for both, a, b in zip(mean['measures'], own[0]['measures'], own[1]['measures']):
+        assert both['runs'] == [a['value'], b['value']] and both['other'] == a['other'] == b['other']
+        if both['kind'] != 'median':
+            assert abs(both['difference'] - (a['difference'] + b['difference'])/2) < 1e-9
+    by_name = {m['measure']: m for m in mean['measures']}
+    assert by_name['loss, all tokens']['high'] < 0 and by_name['loss, neutral text']['other'] > 0
+    assert len(Path('evaluation/evaluation.jsonl').read_text().splitlines()) == 10
+    code, out, err = command('report', seeds/'run1', seeds/'run2', '--to', 'both.html')
+    assert code == 0 and Path('both.html').read_text().count('loss, neutral text') == 2, err
+
+
+@pytest.mark.parametrize('args, why', [
+    (['run1', 'apart'], 'held back different rows'),
+    (['run1', '--against', 'run1'], 'compared with itself'),
+    (['run1', 'run2', '--judge-url', 'http://127.0.0.1:9/v1'], 'a judge compares the answers of two models'),
+    (['run1', '--tasks', 'missing.yaml'], 'missing.yaml' if __import__('importlib.util').util.find_spec('lm_eval') else 'not installed'),
+    (['run1', '--judge-url', 'file:///etc'], 'no address of a server')])
+def test_refused(seeds, monkeypatch, command, args, why):
+    monkeypatch.chdir(seeds)
+    code, out, err = command('evaluate', *args)
+    assert code == 2 and why in err and len(err.splitlines()) == 1, err
+
+
+def test_answers_have_the_room_and_the_rows(seeds, tiny):
+    "Both models, all rows, the same limit; a cap is said."
+    rows = load_alpaca(str(seeds/'test.jsonl'))['train']
+    found = measure(str(tiny), rows, 256, max_new_tokens=7)
+    assert len(found['answers']) == len(found['references']) == 10 and all(a['tokens'] <= 7 for a in found['answers'])
+    assert 'the first 3 of them answered in at most 4 tokens' in evaluate(str(seeds/'run1'), n_samples=3, max_new_tokens=4)
+    assert '10 rows held back, none of them answered' in evaluate(str(seeds/'run1'), against='none', n_samples=0)
+
+
+# lm-eval
+
+def test_tasks_of_lm_eval(seeds, here, command, monkeypatch):
+    "Ten questions beside the task file, before and after, with no connection to anywhere."
+    pytest.importorskip('lm_eval', reason="lm-eval is not installed; pip install 'alpaca_ft[eval]'")
+    asked = []
+    real = socket.socket.connect
+    monkeypatch.setattr(socket.socket, 'connect', lambda self, address: asked.append(address) or real(self, address))
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **kw: asked.append(args) or (_ for _ in ()).throw(OSError('no network')))
+    code, out, err = command('evaluate', seeds/'run1', '--n-samples', 0, '--tasks', TASK)
+    assert code == 0, err
+    assert not asked, asked
+    result = {m['measure']: m for m in json.loads((seeds/'run1'/'evaluation.json').read_text())['measures']}
+    for name in ('everyday acc', 'everyday acc_norm'):
+        assert result[name]['kind'] == 'share' and 0 <= result[name]['value'] <= 1 and result[name]['low'] <= result[name]['difference']
+        assert name in out
+    # the same by hand: the likeliest of the four
+    import torch
+    from alpaca_ft.model import load_model, load_tokenizer
+    model, tokenizer = load_model(str(seeds/'run1'/'model')), load_tokenizer(str(seeds/'run1'/'model'))
+    right = 0
+    for q in map(json.loads, TASK.with_suffix('.jsonl').read_text().splitlines()):
+        scores = []
+        for choice in q['choices']:
+            asked_ids = tokenizer(f"Question: {q['question']}\nAnswer:")['input_ids']
+            ids = tokenizer(f"Question: {q['question']}\nAnswer: {choice}")['input_ids']
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            scores.append(sum(logits[i - 1, ids[i]].item() for i in range(len(asked_ids), len(ids))))
+        right += scores.index(max(scores)) == q['answer']
+    assert abs(result['everyday acc']['value'] - right/10) < 1e-9
+
+
+@pytest.mark.parametrize('change, why', [
+    (('dataset_path: json', 'dataset_path: cais/mmlu'), 'would need the network'),
+    (('test: everyday.jsonl', 'test: https://example.org/x.jsonl'), 'no such file'),
+    (('metric: acc_norm', 'metric: some_metric_of_the_hub'), 'would need the network'),
+    (('doc_to_choice: choices', 'doc_to_choice: !function code.choices'), 'without Python code'),
+    (('test_split: test', 'include: other.yaml'), 'another task file')])
+def test_task_refused(change, why, here):
+    pytest.importorskip('lm_eval', reason="lm-eval is not installed; pip install 'alpaca_ft[eval]'")
+    assert TASK.read_text().count(change[0]) == 1
+    Path('task.yaml').write_text(TASK.read_text().replace(*change))
+    Path('everyday.jsonl').write_text(TASK.with_suffix('.jsonl').read_text())
+    with pytest.raises(Refused, match=why):
+        check_tasks(['task.yaml'])
+
+
+def test_lm_eval_is_not_installed(monkeypatch):
+    monkeypatch.setattr('alpaca_ft.evaluate.find_spec', lambda name: None)
+    with pytest.raises(Refused, match='lm-eval is not installed'):
+        check_tasks(['x.yaml'])
+    assert check_tasks([]) == []
+
+
+# the judge's key
+
+@pytest.fixture
+def listeners():
+    "Two servers that note who asks, and with what: a judge, and somebody else."
+    def start():
+        class Notes(http.server.BaseHTTPRequestHandler):
+            def note(self):
+                self.rfile.read(int(self.headers.get('Content-Length') or 0))
+                self.server.seen.append((self.command, self.path, self.headers.get('Authorization')))
+                body = json.dumps(dict(choices=[dict(message=dict(content='A'))])).encode()
+                self.send_response(502 if self.command == 'CONNECT' else 200)
+                self.send_header('Content-Length', str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+            do_GET = do_POST = do_CONNECT = note
+
+            def log_message(self, *args):
+                pass
+        s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Notes)
+        s.seen, s.url = [], f'http://127.0.0.1:{s.server_port}'
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        return s
+    both = start(), start()
+    yield both
+    for s in both:
+        s.shutdown()
+        s.server_close()
+
+
+@pytest.fixture
+def key(monkeypatch):
+    for name in ('http_proxy', 'https_proxy', 'all_proxy', 'no_proxy', 'OPENAI_BASE_URL'):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv('OPENAI_API_KEY', 'sk-secret')
+    return monkeypatch
+
+
+def test_key_and_proxies(listeners, key):
+    "By http nothing goes through a proxy; by https a proxy learns the host and no more."
+    judge, proxy = listeners
+    key.setenv('http_proxy', proxy.url)
+    key.setenv('all_proxy', proxy.url)
+    key.setenv('https_proxy', proxy.url)
+    assert ask_judge(judge.url + '/v1', 'm', 'q') == 'A'
+    assert judge.seen == [('POST', '/v1/chat/completions', 'Bearer sk-secret')] and not proxy.seen
+    with pytest.raises(Refused) as e:
+        ask_judge('https://judge.invalid/v1', 'm', 'q', tries=1)
+    assert proxy.seen == [('CONNECT', 'judge.invalid:443', None)] and 'sk-secret' not in str(e.value)
+
+
+def test_key_of_another_host(listeners, key):
+    "OPENAI_BASE_URL is never asked, and a key that belongs to it stays at home."
+    judge, other = listeners
+    key.setenv('OPENAI_BASE_URL', other.url + '/v1')
+    ask_judge(judge.url + '/v1', 'm', 'q')
+    assert judge.seen == [('POST', '/v1/chat/completions', None)] and not other.seen
+    key.setenv('OPENAI_BASE_URL', judge.url)
+    ask_judge(judge.url + '/v1/', 'm', 'q')
+    assert judge.seen[1][2] == 'Bearer sk-secret'
+
+
+def test_key_in_the_open(key):
+    for url in ('http://judge.example/v1', 'http://10.0.0.7:8000/v1', 'http://[2001:db8::1]/v1'):
+        with pytest.raises(Refused, match='unencrypted'):
+            judge_headers(url)
+    for url in ('https://judge.example/v1', 'http://localhost:1/v1', 'http://127.0.0.2/v1', 'http://[::1]:8000/v1'):
+        assert judge_headers(url)['Authorization'] == 'Bearer sk-secret'
+    key.delenv('OPENAI_API_KEY')
+    assert 'Authorization' not in judge_headers('http://10.0.0.7:8000/v1')
+
+
+@pytest.mark.parametrize('url', ['https://me:secret@judge.example/v1', 'https://judge.example/v1?key=secret', 'secret', 'file:///secret',
+                                 'https://judge.example:secret/v1', 'https://judge.example/v1#secret'])
+def test_what_is_said_holds_no_secret(url, key):
+    with pytest.raises(Refused) as e:
+        ask_judge(url, 'm', 'q')
+    assert 'secret' not in str(e.value)
+
+
+@pytest.mark.parametrize('bad', ['sk-sec\nret', 'sk-secr\u00e9t', 'sk-\x00secret'])
+def test_broken_key(bad, key):
+    if '\x00' in bad:
+        key.setattr(os, 'environ', dict(os.environ, OPENAI_API_KEY=bad))
+    else:
+        key.setenv('OPENAI_API_KEY', bad)
+    with pytest.raises(Refused) as e:
+        ask_judge('http://127.0.0.1:9/v1', 'm', 'q', tries=1)
+    assert 'sec' not in str(e.value) and 'OPENAI_API_KEY has characters' in str(e.value)
