@@ -14,7 +14,7 @@ from dataclasses import fields
 from importlib import import_module
 
 from .data import Refused
-from .options import CHOICES, PRESETS, RunConfig, option_help, read_config
+from .options import CHOICES, DEMO_ROWS, PRESETS, RunConfig, option_help, read_config
 
 # %% ../nbs/18_cli.ipynb #18-007
 def add_options(
@@ -41,6 +41,9 @@ def _config(
 )->RunConfig:  # checked
     "Options of a command line as a RunConfig."
     given = {f.name: getattr(args, f.name) for f in fields(RunConfig)}
+    rows_named = given['data'] or given['resume'] or args.config or args.preset != 'demo'
+    if not rows_named:  # the demo's rows, and what suits them
+        given |= {name: value for name, value in DEMO_ROWS.items() if given[name] is None}
     return read_config(args.config, args.preset, **given)
 
 # %% ../nbs/18_cli.ipynb #18-014

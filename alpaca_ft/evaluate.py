@@ -35,7 +35,7 @@ from .formats import parse_columns
 from .manifest import rows_digest
 from .model import Tail, compute_dtype, load_model, load_tokenizer
 from .options import RunConfig
-from .prompts import prompt_ids, tokenize
+from .prompts import prompt_ids, same_template, tokenize
 from .sampling import fit_prompt, generate_all, printable, visible
 from .trainer import PackedLoss, StepCollator, on_device, quiet, row_sums
 
@@ -188,10 +188,13 @@ def measure(
     max_new_tokens:int=256,  # in an answer, at most
     trust_remote_code:bool=False,  # run Python code that comes with the model
     tasks:list=(),  # see `read_task`
+    like:str=None,  # the model in whose template this one is asked; None: in its own
 )->dict:  # losses, neutral (see `summed_losses`), answers (see `generate_all`), references, tasks, vocabulary
     "Everything that is measured of one model."
     quiet()
     tokenizer = load_tokenizer(name, trust_remote_code)
+    if like:
+        same_template(tokenizer, load_tokenizer(like, trust_remote_code))
     model = load_model(name, dtype=compute_dtype(), trust_remote_code=trust_remote_code)
     asked = rows if n_samples is None else rows.select(range(min(n_samples, len(rows))))
     prompts = [fit_prompt(r, tokenizer, seq_len) for r in asked]
@@ -813,7 +816,8 @@ def evaluate(
     todo, rows = check_tasks(tasks or []), common_rows(runs, configs, data)
     seq_len = max(config.get('seq_len', 1024) for config in configs)
     trust = trust_remote_code or any(config.get('trust_remote_code') for config in configs)
-    each = {name: measure(m, rows, seq_len, n_samples, max_new_tokens, trust, todo) for name, m in models.items()}
+    like = models[runs[0]]
+    each = {name: measure(m, rows, seq_len, n_samples, max_new_tokens, trust, todo, like) for name, m in models.items()}
     trained = all(config.get('model') == other for config in configs)
     about = dict(heads=('before', 'after') if trained else ('against', 'model'), max_new_tokens=max_new_tokens,
                  data=data or configs[0].get('data'))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'prompt_no_input', 'prompt_input', 'create_prompt', 'create_prompt_no_answer', 'prompt_completion', 'boundary',
-           'check_tokenizer', 'tokenize', 'prompt_ids', 'alpaca_chat_template', 'use_template', 'is_alpaca',
-           'chat_template', 'turns_of', 'row_prompt', 'has_chats', 'chat_batch', 'end_ids', 'byte_lengths',
+           'check_tokenizer', 'tokenize', 'prompt_ids', 'alpaca_chat_template', 'use_template', 'same_template',
+           'is_alpaca', 'chat_template', 'turns_of', 'row_prompt', 'has_chats', 'chat_batch', 'end_ids', 'byte_lengths',
            'boundaries', 'tokenize_batch']
 
 # %% ../nbs/02_prompts.ipynb #02-002
@@ -161,6 +161,15 @@ def use_template(
         raise Refused('template is chat, but the tokenizer has no chat template; give alpaca or a file of Jinja')
     tokenizer.init_kwargs[MARK] = 'chat'
     chat_template(tokenizer).shape(('user', 'assistant'))  # what cannot serve is refused here
+
+def same_template(
+    tokenizer,  # of a model, changed in place
+    other,  # the tokenizer of another
+)->None:
+    "Let two models be asked in the same words."
+    tokenizer.init_kwargs.pop(MARK, None)
+    if not is_alpaca(other):
+        tokenizer.chat_template, tokenizer.init_kwargs[MARK] = other.get_chat_template(), 'chat'
 
 def is_alpaca(
     tokenizer,  # of the model
