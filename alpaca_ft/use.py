@@ -70,7 +70,9 @@ def ask_row(
             chat, problem = chat_turns(name, raw[name], ask=True)
             if problem:
                 return as_row(raw)
-            return {k: v for k, v in chat_row([*chat, dict(role='assistant', content='-')]).items() if k != 'output'}, None
+            row = chat_row([*chat, dict(role='assistant', content='-')])
+            del row['output']
+            return row, None
     if isinstance(raw.get('prompt'), str):
         return as_row({'completion': '-'} | raw)
     return raw, None
