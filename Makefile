@@ -21,6 +21,7 @@ dev: .venv/dev
 
 train: setup
 	$(BIN)/alpaca_ft train
+	$(BIN)/alpaca_ft evaluate "$$(ls -dt runs/*/ | head -n 1)"
 
 test: dev
 	$(BIN)/python -c "from alpaca_ft.model import demo_model; demo_model()"
