@@ -158,7 +158,7 @@ def repetition(
     grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams))/len(grams) if grams else 0.
 
-# %% ../nbs/08_evaluate.ipynb #08-n09
+# %% ../nbs/08_evaluate.ipynb #08-n11
 def answer_rows(
     prompts:list,  # texts
     model,  # causal language model
@@ -213,7 +213,7 @@ def sums_and_counts(
     sums, counts = values if isinstance(values, tuple) else (values, [1]*len(values))
     return np.array(sums, float), np.array(counts, float)
 
-# %% ../nbs/08_evaluate.ipynb #08-n22
+# %% ../nbs/08_evaluate.ipynb #08-n24
 def t_value(
     freedom:float,  # rows less one
 )->float:  # standard errors
@@ -241,10 +241,10 @@ def interval(
     reach = float(t_value(count_for - 1)*error**.5)
     return difference, difference - reach, difference + reach
 
-# %% ../nbs/08_evaluate.ipynb #08-n32
+# %% ../nbs/08_evaluate.ipynb #08-n34
 FEW = 30  # rows; with fewer, an interval of losses may miss twice as often as it says
 
-# %% ../nbs/08_evaluate.ipynb #08-n38
+# %% ../nbs/08_evaluate.ipynb #08-n40
 def share_interval(
     a,  # values of one model, a row each, between 0 and 1
     b,  # of the other, for the same rows
@@ -258,7 +258,7 @@ def share_interval(
     reach = float(t_value(len(more) - 1)*more.std(ddof=1)/len(more)**.5)
     return difference, max(-1., float(more.mean()) - reach), min(1., float(more.mean()) + reach)
 
-# %% ../nbs/08_evaluate.ipynb #08-n45
+# %% ../nbs/08_evaluate.ipynb #08-n47
 def median_interval(
     a,  # values of one model, a row each
     b,  # of the other, for the same rows
@@ -297,7 +297,7 @@ def values_of(
     sums, counts = zip(*map(value, measured[part].values()))
     return list(sums), list(counts)
 
-# %% ../nbs/08_evaluate.ipynb #08-n51
+# %% ../nbs/08_evaluate.ipynb #08-n53
 def statistic(
     column,  # see `values_of`
     kind:str,  # `mean`, `share` or `median`
@@ -306,7 +306,7 @@ def statistic(
     sums, counts = sums_and_counts(column)
     return float(np.median(sums)) if kind == 'median' else float(sums.sum()/counts.sum())
 
-# %% ../nbs/08_evaluate.ipynb #08-n53
+# %% ../nbs/08_evaluate.ipynb #08-n55
 def compare_measure(
     name:str,  # of the measure
     kind:str,  # `mean`, `share` or `median`
@@ -348,7 +348,7 @@ def compare(
         out.append(compare_measure(name, kind, columns[:len(runs)], columns[len(runs)] if other else None))
     return out
 
-# %% ../nbs/08_evaluate.ipynb #08-n56
+# %% ../nbs/08_evaluate.ipynb #08-n58
 def shown(
     value:float,  # of a measure, or a difference
     kind:str,  # `mean`, `share` or `median`
@@ -389,7 +389,7 @@ def noise(
     "What to say where the interval includes no difference."
     return ', within noise' if result['noise'] else ''
 
-# %% ../nbs/08_evaluate.ipynb #08-n63
+# %% ../nbs/08_evaluate.ipynb #08-n65
 def spread_lines(
     lines:list,  # see `compare`, of several runs
 )->list:  # lines of text
@@ -422,7 +422,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args, **kw):
         return None
 
-# %% ../nbs/08_evaluate.ipynb #08-n68
+# %% ../nbs/08_evaluate.ipynb #08-n70
 def host_of(
     url:str,  # an address
 )->tuple:  # (scheme, host, port)
@@ -439,7 +439,7 @@ def host_of(
                       'OPENAI_API_KEY, and give the address alone')
     return found
 
-# %% ../nbs/08_evaluate.ipynb #08-n69
+# %% ../nbs/08_evaluate.ipynb #08-n71
 def judge_headers(
     url:str,  # of the judge
 )->dict:  # headers of a question
@@ -526,7 +526,7 @@ def judge(
         return out | dict(low=None, high=None, noise=None)
     return out | dict(low=.5 + low/2, high=.5 + high/2, noise=low <= 0 <= high)
 
-# %% ../nbs/08_evaluate.ipynb #08-n75
+# %% ../nbs/08_evaluate.ipynb #08-n77
 KEYS = dict(include='another task file', use_prompt='prompts from the network', custom_dataset='Python code',
             unsafe_code='code that is run', group='a group of tasks')  # keys that are refused, and what they bring
 READERS = ('json', 'csv', 'parquet', 'text')  # of `datasets`, that need no network
@@ -544,7 +544,7 @@ def local_files(
         raise ValueError(f'{given}: no such file in {folder}')
     return str((folder/given).resolve())
 
-# %% ../nbs/08_evaluate.ipynb #08-n76
+# %% ../nbs/08_evaluate.ipynb #08-n78
 def read_task(
     path,  # a task file of lm-eval
 )->dict:  # the task, its data by whole paths
@@ -571,7 +571,7 @@ def read_task(
         raise Refused(f'{path}: data_files: {e}') from None
     return task
 
-# %% ../nbs/08_evaluate.ipynb #08-n77
+# %% ../nbs/08_evaluate.ipynb #08-n79
 def check_tasks(
     paths:list,  # task files
 )->list:  # see `read_task`
@@ -589,7 +589,7 @@ def check_tasks(
                               f"{', '.join(sorted(METRIC_REGISTRY))}")
     return tasks
 
-# %% ../nbs/08_evaluate.ipynb #08-n78
+# %% ../nbs/08_evaluate.ipynb #08-n80
 def run_tasks(
     tasks:list,  # see `read_task`
     model,  # causal language model
@@ -681,7 +681,7 @@ def judge_pairs(
         pairs.append((prompt, *(measured['answers'][i]['text'] for measured in each)))
     return pairs
 
-# %% ../nbs/08_evaluate.ipynb #08-n83
+# %% ../nbs/08_evaluate.ipynb #08-n85
 def who(
     runs:list,  # run folders, model folders, `demo` or hub ids
     against:str=None,  # another one, `base` or `none`; None: `base` where it is known
@@ -707,7 +707,7 @@ def who(
         raise Refused(f'{against}: would be compared with itself; name another model after --against')
     return models | {against: find_model(against)[0]}, configs, against
 
-# %% ../nbs/08_evaluate.ipynb #08-n85
+# %% ../nbs/08_evaluate.ipynb #08-n87
 def common_rows(
     runs:list,  # names, for the message
     configs:list,  # of the runs
@@ -724,7 +724,7 @@ def common_rows(
                           'none has seen as --data')
     return rows
 
-# %% ../nbs/08_evaluate.ipynb #08-n87
+# %% ../nbs/08_evaluate.ipynb #08-n89
 def write_results(
     folder,  # made where it is not there
     result:dict,  # for evaluation.json
@@ -739,7 +739,7 @@ def write_results(
     write_whole(folder/'evaluation.json', json.dumps(result, indent=1))
     write_whole(folder/'evaluation.html', evaluation_page(result['models'], '\n'.join(said), side))
 
-# %% ../nbs/08_evaluate.ipynb #08-n88
+# %% ../nbs/08_evaluate.ipynb #08-n90
 def summary(
     each:dict,  # what `measure` says of each model, by its name: the runs, then the other one
     other:str,  # name of the other one, or None
@@ -768,7 +768,7 @@ def summary(
     result = dict(models=list(each), rows=len(rows), answered=n, measures=lines, references=first['references'])
     return result | about, said
 
-# %% ../nbs/08_evaluate.ipynb #08-n89
+# %% ../nbs/08_evaluate.ipynb #08-n91
 def write_each(
     each:dict,  # see `summary`
     other:str,  # name of the model that the runs are compared with, or None
@@ -782,7 +782,7 @@ def write_each(
         result, said = summary(one, other, about, rows)
         write_results(run, result, said, side_by_side(rows, list(one), list(one.values())))
 
-# %% ../nbs/08_evaluate.ipynb #08-n90
+# %% ../nbs/08_evaluate.ipynb #08-n92
 def judge_line(
     model:str,  # the judge's model
     v:dict,  # see `judge`
