@@ -152,12 +152,12 @@ def resume_command(
     cfg:RunConfig,  # the options
     out:Path,  # the run folder
 )->str:  # a line for the shell
-    "The command that goes on with a run, every option that is not a default spelled out."
+    "The command that goes on with a run: its rows, and every option that is not a default."
     words = ['alpaca_ft', 'train']
     for f in fields(RunConfig):
         v, flag = getattr(cfg, f.name), f.name.replace('_', '-')
-        if f.name in ('out', 'resume', 'resume_anyway') or v == f.default:
-            continue
+        if f.name in ('out', 'resume', 'resume_anyway') or v == f.default and f.name != 'data':
+            continue  # rows are always named, for the command has its own where none are
         if f.type is bool:
             words.append(f'--{flag}' if v else f'--no-{flag}')
         else:

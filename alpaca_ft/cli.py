@@ -41,7 +41,7 @@ def _config(
 )->RunConfig:  # checked
     "Options of a command line as a RunConfig."
     given = {f.name: getattr(args, f.name) for f in fields(RunConfig)}
-    rows_named = given['data'] or given['resume'] or args.config or args.preset != 'demo'
+    rows_named = given['data'] or args.config or args.preset != 'demo'
     if not rows_named:  # the demo's rows, and what suits them
         given |= {name: value for name, value in DEMO_ROWS.items() if given[name] is None}
     return read_config(args.config, args.preset, **given)
