@@ -296,7 +296,7 @@ def measure_step(
     "Choose how a step is computed, and see that documents are apart, gradients arrive, and how long it takes."
     cfg = run.cfg
     longest = max(n for rows in (run.train, run.test) for lengths in rows['seq_lengths'] for n in lengths)
-    run.step = choose_step(run.model, run.train, run.tokenizer.pad_token_id, longest)
+    run.step = choose_step(run.model, run.train, run.tokenizer.pad_token_id, longest, cfg.micro_batch_size)
     leak = leakage_between(Tail(run.model, 0, run.step.attention), fullest_row(run.train, run.test))
     if leak:
         raise Refused(f'{cfg.model}: documents in one row read each other (logits differ by {leak:.2g}); '

@@ -601,7 +601,7 @@ def compare_models(folder, right, cell, run):
         add_lora(began)
     began = began.state_dict()
     saved_model = from_pretrained('run/model').eval()
-    saved, memory = saved_model.state_dict(), run.model.state_dict()
+    saved, memory = saved_model.state_dict(), run.model.cpu().state_dict()
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     kept = torch.bfloat16 if cell.dtype == 'bf16' else torch.float32  # the precision of what is frozen
     problems = []
