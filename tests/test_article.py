@@ -5,7 +5,8 @@ import torch
 
 
 def test_article(here, tiny, monkeypatch):
-    for k in ('WANDB_DATA_DIR', 'WANDB_CACHE_DIR', 'WANDB_CONFIG_DIR'): monkeypatch.setenv(k, str(here/k))
+    for k in ('WANDB_DATA_DIR', 'WANDB_CACHE_DIR', 'WANDB_CONFIG_DIR'):
+        monkeypatch.setenv(k, str(here/k))
     monkeypatch.setenv('WANDB_MODE', 'offline')
     import wandb
     wandb.teardown()  # an earlier test of this process may have had W&B read its settings; they are read again
@@ -13,7 +14,8 @@ def test_article(here, tiny, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
     from alpaca_ft import LLMSampleCB, create_prompt, create_prompt_no_answer, load_alpaca, param_count
-    artifact_dir = here/'artifact'; artifact_dir.mkdir()
+    artifact_dir = here/'artifact'
+    artifact_dir.mkdir()
     rows = list(load_alpaca()['train'])
     for name, part in dict(train=rows[:40], eval=rows[40:48]).items():
         (artifact_dir/f'alpaca_gpt4_{name}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in part))
@@ -25,20 +27,26 @@ def test_article(here, tiny, monkeypatch):
 
     model = AutoModelForCausalLM.from_pretrained(tiny, device_map="cpu", dtype=torch.float32)
     n_freeze = 2
-    for param in model.parameters(): param.requires_grad = False
-    for param in model.lm_head.parameters(): param.requires_grad = True
-    for param in model.model.layers[n_freeze:].parameters(): param.requires_grad = True
+    for param in model.parameters():
+        param.requires_grad = False
+    for param in model.lm_head.parameters():
+        param.requires_grad = True
+    for param in model.model.layers[n_freeze:].parameters():
+        param.requires_grad = True
     model.model.embed_tokens.weight.requires_grad_(False)
     total, trainable = param_count(model)
     assert 0 < trainable < total
 
     batch_size, total_num_steps, output_dir = 4, 6, str(here/'out')
     training_args = SFTConfig(
-        output_dir=output_dir, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size//4, bf16=False, use_cpu=True,
+        output_dir=output_dir, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size//4,
+        bf16=False, use_cpu=True,
         learning_rate=2e-4, lr_scheduler_type="cosine", warmup_steps=total_num_steps // 10, max_steps=total_num_steps,
-        gradient_accumulation_steps=1, activation_checkpointing=True, eval_strategy="steps", eval_steps=total_num_steps // 3,
+        gradient_accumulation_steps=1, activation_checkpointing=True, eval_strategy="steps",
+        eval_steps=total_num_steps // 3,
         logging_strategy="steps", logging_steps=1, save_strategy="no", packing=True, max_length=256)
-    trainer = SFTTrainer(model, train_dataset=train_dataset, eval_dataset=eval_dataset, args=training_args, formatting_func=create_prompt,
+    trainer = SFTTrainer(model, train_dataset=train_dataset, eval_dataset=eval_dataset, args=training_args,
+                         formatting_func=create_prompt,
                          processing_class=AutoTokenizer.from_pretrained(tiny))
     test_dataset = eval_dataset.map(create_prompt_no_answer)
     wandb_callback = LLMSampleCB(trainer, test_dataset, num_samples=3, max_new_tokens=8)
