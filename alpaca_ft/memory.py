@@ -11,7 +11,6 @@ __all__ = ['KINDS', 'UNITS', 'Tally', 'no_contents', 'twin', 'bytes_of', 'full_r
 import copy
 import ctypes
 import re
-import sys
 import weakref
 from dataclasses import asdict
 

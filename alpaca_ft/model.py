@@ -15,7 +15,6 @@ __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', '
 import copy
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
                                    lost, memory_advice, read_state, shorter_log, tidy)
-from .checkpoints import Stopped  # importable from here, as ever
+from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
 from .data import Refused, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole

@@ -23,7 +23,8 @@ from .files import append_jsonl
 from .model import Tail, checkpoint_trained, drawn, layer_weights
 from .options import RunConfig, plan
 from .packing import PackedCollator
-from .options import CHOICES, PRESETS, check_options, option_help, read_config  # importable from here, as ever
+# importable from here, as ever
+from .options import CHOICES, PRESETS, check_options, option_help, read_config  # noqa: F401
 
 # %% ../nbs/07_trainer.ipynb #07-006
 def sft_config(

@@ -195,7 +195,7 @@ def chat(
     "Talk to a model on the terminal, in the template of its training."
     model, tokenizer, config = load_both(run, trust_remote_code=trust_remote_code)
     try:
-        import readline  # arrow keys
+        import readline  # noqa: F401 (arrow keys)
     except ImportError:
         pass
     sampled = dict(do_sample=True, temperature=temperature) if temperature else {}

@@ -139,7 +139,8 @@ def train_trl(spec, folder):
     args = SFTConfig(output_dir=str(folder/'trl'), packing=True, max_length=SEQ_LEN, per_device_train_batch_size=1,
                      max_steps=spec['steps'], learning_rate=spec['lr'], bf16=spec['dtype'] == 'bf16', report_to=[],
                      lr_scheduler_type='cosine', warmup_steps=round(spec['steps']*.1), seed=spec['seed'],
-                     save_strategy='no', disable_tqdm=True, use_cpu=not torch.cuda.is_available(), eos_token=tokenizer.eos_token)
+                     save_strategy='no', disable_tqdm=True, eos_token=tokenizer.eos_token,
+                     use_cpu=not torch.cuda.is_available())
     lora = LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', task_type='CAUSAL_LM')
     watch = watcher()
     model = AutoModelForCausalLM.from_pretrained(name, dtype='auto')

@@ -116,7 +116,8 @@ def test_nothing_waits_for_the_device(here, tiny, rows, tmp_path, double):
     steps = json.loads(report.read_text())
     for step in '1234':
         back = sorted(place for place in steps[step] if place.startswith('to_host'))
-        assert back == ['to_host trainer.py:_maybe_log_save_evaluate']*2 + ['to_host trainer.py:on_pre_optimizer_step'], back
+        logged = ['to_host trainer.py:_maybe_log_save_evaluate']*2
+        assert back == [*logged, 'to_host trainer.py:on_pre_optimizer_step'], back
 
 
 def test_killed_and_resumed(here, tiny, rows, double):
@@ -153,7 +154,8 @@ def test_use(here, tiny, rows, single):
 def test_command_on_the_device(here, tiny, rows):
     "Once without anything imported before, as a user's process is."
     args = ['train', '--model', tiny, '--data', rows, *TRAIN, '--max-steps', 1, '--dtype', 'fp32', '--out', 'run']
-    r = subprocess.run([sys.executable, HERE/'device_run.py', 'real' if REAL else 'double', *map(str, args)], capture_output=True, text=True,
+    kind = 'real' if REAL else 'double'
+    r = subprocess.run([sys.executable, HERE/'device_run.py', kind, *map(str, args)], capture_output=True, text=True,
                        env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert r.returncode == 0 and Path('run/model/model.safetensors').exists(), r.stderr[-3000:]
 
