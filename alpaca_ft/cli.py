@@ -163,7 +163,7 @@ def _train(
     from alpaca_ft.run import train
     from alpaca_ft.sampling import before_after
     run = train(cfg)
-    if run.cfg.n_samples:
+    if run.cfg.n_samples and not run.large:
         print('\n'.join(before_after(run.out/'samples.jsonl')))
     print(f'\nmodel in {run.out}/model, the run in {run.out}{peak_memory()}')
 

@@ -69,10 +69,14 @@ class RunConfig:
     skip_bad_rows:bool = option(False, 'leave unusable rows out, and count them, instead of refusing the file')
     dtype:str = option('auto', '`auto`: bf16 products where the hardware is fast at them; `bf16` or `fp32`',
                        choices=('auto', 'bf16', 'fp32'))
+    train_dtype:str = option('fp32', 'precision of the weights that train, their gradients and the optimizer; `bf16`: '
+                             'half the memory, and small steps are lost in rounding', choices=('fp32', 'bf16'))
     activation_checkpointing:bool = option(False, "recompute the trained layers' activations: less memory, "
                                            'a quarter more time')
     prefix_cache:str = option('auto', "keep the frozen layers' output instead of computing it again: `auto`, `off`, "
                               '`memory` or `disk`', choices=('auto', 'off', 'memory', 'disk'))
+    layer_by_layer:bool = option(None, 'read the frozen layers one by one, each once, and never hold them all; none: '
+                                 'where the whole model would not fit')
     final:str = option('last', 'the model that is left: of the `last` step, or of the `best` evaluation by the loss '
                        'that is trained on', choices=('last', 'best'))
     patience:int = option(None, 'stop after so many evaluations without a better one; none: never', least=1)
