@@ -61,6 +61,8 @@ class RunConfig:
     epochs:int = option(None, 'passes over the rows; none: 1, or as many as max_steps takes', least=1)
     max_steps:int = option(None, 'stop after so many optimizer steps; none: all the epochs', least=1)
     lr:float = option(2e-4, 'peak learning rate (AdamW, cosine to zero)', least=0.)
+    optim:str = option('adamw_torch_fused', "the optimizer, by transformers' name: `adafactor`, `sgd`, `adamw_8bit` (with "
+                       'bitsandbytes), ...', shown='NAME')
     warmup:float = option(0.1, 'part of the steps in which the learning rate rises', least=0.)
     loss_on:str = option('all', '`all` tokens, as the article, or only the `response`', choices=('all', 'response'))
     eval_every:int = option(None, 'optimizer steps between evaluations; none: a third of the run', least=1)

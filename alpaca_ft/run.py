@@ -42,7 +42,8 @@ from .report import ReportCB, preflight_lines
 from .sampling import LLMSampleCB, show_row
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
-from .trainer import Metrics, PackedLoss, Rotate, StopAtNaN, StepCollator, make_trainer, on_device, quiet
+from .trainer import (Metrics, PackedLoss, Rotate, StopAtNaN, StepCollator, check_optim, make_trainer,
+                               on_device, quiet)
 
 # %% ../nbs/16_run.ipynb #16-006
 @dataclass
@@ -247,6 +248,7 @@ def prepare(
     run = Run(cfg, place or settle(cfg.dtype))
     if cfg.train_dtype == 'bf16' and run.place.dtype != torch.bfloat16:
         raise Refused('train_dtype is bf16, but products are computed in fp32 here; give --dtype bf16')
+    check_optim(cfg.optim)
     run.rows, bad = load_rows(cfg)
     run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
     use_template(run.tokenizer, cfg.template)
