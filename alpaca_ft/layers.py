@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from .data import Refused, cache_dir
 from .files import sync, write_whole
-from .model import (Attention, Choice, Place, Trunk, apply_choice, cut_layers, decoder_layers, memory_estimate,
+from .memory import planned, twin
+from .model import (Attention, Choice, Place, Trunk, apply_choice, cut_layers, decoder_layers,
                              mend_generation_config, model_folder, resolve_choice, share)
 from .model import _load
 from .options import RunConfig
@@ -113,16 +114,12 @@ class Large:
     places:dict  # see `where_weights_are`
     choice:Choice  # what trains
     tried:object = None  # a model of the upper layers alone, for the checks before a run
-    resident:int = 0  # bytes of the largest frozen layer, or of the embedding if that is larger
+    shape:object = None  # the model as it would be loaded, without contents
 
     @property
     def first(self):
         "Layers on the disk."
         return self.choice.first
-
-    def left_bytes(self):
-        "Bytes of what is left on the disk, in the precision in which it is computed."
-        return sum(p.numel()*p.element_size() for p in self.model.parameters() if p.is_meta)
 
 # %% ../nbs/a8_layers.ipynb #a8-009
 def layer_places(
@@ -183,15 +180,13 @@ def room(
 # %% ../nbs/a8_layers.ipynb #a8-013
 def too_large(
     cfg:RunConfig,  # the options
-    model,  # see `empty_model`; changed in place
+    model,  # see `empty_model`
     choice:Choice,  # what trains
     place:Place,  # device and precision
 )->bool:
     "Whether a model as a whole, with what its training needs, has no room in memory."
-    twin = share(model)
-    apply_choice(twin, choice, place.dtype)
-    need = memory_estimate(twin, cfg.seq_len, cfg.micro_batch_size, cfg.activation_checkpointing)['total']
-    return need > 0.9*room(place.device)
+    sums, _, _ = planned(cfg, model, place, choice, process=0, keep='disk', large=False)
+    return max(sums.values()) > 0.9*room(place.device)
 
 # %% ../nbs/a8_layers.ipynb #a8-014
 def fetched(
@@ -243,10 +238,9 @@ def large_model(
     folder = fetched(cfg.model)
     places = where_weights_are(model, shards(folder))
     check_names(model, places, cfg.model)
-    lower = decoder_layers(model)[:choice.first]
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in (*lower, model.get_input_embeddings())]
+    shape = twin(model, 'meta')
     load_upper(model, places, choice.first, place)
-    large = Large(model, folder, places, choice, resident=max(sizes)*place.dtype.itemsize)
+    large = Large(model, folder, places, choice, shape=shape)
     apply_choice(model, choice, place.dtype)
     large.tried = share(model)
     cut_layers(large.tried, choice.first, choice.n_layers)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOCK', 'NOT_BEGUN', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'pack_rows', 'check_fit', 'load_whole',
            'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'measure_step', 'decide_states',
-           'decide_by_layer', 'preflight', 'notes', 'check', 'prepare_shape', 'go_on', 'check_disk', 'try_saving_all',
-           'write_start', 'keep_states', 'keep_by_layer', 'what_trains', 'build_trainer', 'train_steps', 'take_best',
-           'save_result', 'what_is_left', 'finish']
+           'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check', 'memory_lines', 'config_alone',
+           'prepare_shape', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'keep_states', 'keep_by_layer',
+           'what_trains', 'build_trainer', 'train_steps', 'take_best', 'save_result', 'what_is_left', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import save_file
 
 from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
-                                   lost, memory_advice, read_state, shorter_log, tidy)
+                                   lost, out_of_memory, read_state, shorter_log, tidy)
 from .checkpoints import Stopped  # importable from here, as ever
 from .data import Refused, shared_rows
 from .evaluate import load_rows
@@ -31,7 +31,9 @@ from .files import read_config_file, write_whole
 from .layers import Large, large_model, save_by_shard, shards, state_kind, states_by_layer, try_saving_about
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
 from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, at_work, has_adapter, load_model,
-                    load_tokenizer, memory_estimate, model_shape, resolve_choice, save_model, settle, try_saving)
+                    load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
+from .memory import (as_bytes, bytes_of, counted_advice, fit_lines, fitting, memory_table, planned, resident,
+                              twin)
 from .model import _load
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
@@ -66,6 +68,7 @@ class Run:
     trainer:object = None  # TRL's trainer
     choice:Choice = None  # what trains
     large:Large = None  # a model whose frozen layers stay on the disk
+    shape:object = None  # the model as it was loaded, without contents
 
     @property
     def tried(self):
@@ -90,8 +93,6 @@ def train(
         try_saving_all(run)
         if not run.resume_from:
             write_start(run)
-        with at_work(run.model, cfg):
-            advice = memory_advice(cfg, run.model)
         with Tracker(cfg, out, run.manifest) as tracker:
             try:
                 keep_states(run)
@@ -103,6 +104,7 @@ def train(
                     save_result(run, run.trainer.model.tail)
                     run.trainer.best.end()
             except Exception as e:
+                advice = counted_advice(cfg, run.shape, run.place, run.choice, **known(run)) if out_of_memory(e) else ''
                 raise explained(e, cfg, out, advice, 12*run.report['trainable']) or e from None
             finally:
                 finish(run)
@@ -235,6 +237,7 @@ def load_whole(
         raise Refused(f'{cfg.model}: an adapter, not a model of its own; merge it with `alpaca_ft export`, '
                       'and train that')
     check_fit(run)
+    run.shape = twin(run.model, 'meta')
     run.choice = resolve_choice(cfg, run.model)
     apply_choice(run.model, run.choice, run.place.dtype)
 
@@ -253,9 +256,10 @@ def prepare(
     run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
     use_template(run.tokenizer, cfg.template)
     pack_rows(run, bad)
+    run.report['process_bytes'] = resident()
     run.large = large_model(cfg, run.place)
     if run.large:
-        run.model, run.choice = run.large.model, run.large.choice
+        run.model, run.choice, run.shape = run.large.model, run.large.choice, run.large.shape
         check_fit(run)
     else:
         load_whole(run)
@@ -409,18 +413,31 @@ def preflight(
     run.report.update(trains=f'{choice}{rotate}', parameters=sum(n for n, _ in sizes),
                       trainable=sum(n for n, trains in sizes if trains),
                       head_alone=not choice.layers and not choice.embed, layers=choice.n_layers)
-    with at_work(model, cfg):
-        run.report['memory_bytes'] = memory_estimate(model, cfg.seq_len, cfg.micro_batch_size,
-                                                     cfg.activation_checkpointing)
-        if run.large:
-            left = run.large.left_bytes() - run.large.resident
-            for kind in ('frozen', 'total'):
-                run.report['memory_bytes'][kind] -= left
-        if measure:
-            measure_step(run)
     if measure:
+        with at_work(model, cfg):
+            measure_step(run)
         decide_states(run)
+    run.report['model_bytes'] = bytes_of(model.parameters())
+    count_memory(run)
     return run.report
+
+# %% ../nbs/16_run.ipynb #16-cm1
+def known(
+    run,  # Run after `measure_step` and `decide_states`, or of a shape alone
+)->dict:  # arguments of `memory_plan`
+    "What of a run its memory depends on beside the options."
+    r = run.report
+    return dict(step=run.step, keep=r.get('prefix_cache'), states=r.get('state_bytes', 0), process=r['process_bytes'],
+                large=bool(run.large) if run.step else None)
+
+def count_memory(
+    run,  # Run with shape, choice and place; its report gets memory_bytes and memory_moments
+)->None:
+    "What a step of the run takes, and what its other moments take."
+    cfg, r = run.cfg, run.report
+    r['memory_moments'], by, why = planned(cfg, run.shape, run.place, run.choice, **known(run))
+    r['memory_bytes'] = by | dict(total=sum(by.values()))
+    r['memory_uncounted'] = why
 
 # %% ../nbs/16_run.ipynb #16-055
 def notes(
@@ -442,40 +459,73 @@ def notes(
 def check(
     cfg:RunConfig,  # the options
     show:int=0,  # packed rows to print as the trainer sees them
+    memory:str=None,  # a size, such as 24GB: say whether the run fits into it, and what would
 )->dict:  # the report, printed too
     "Everything of a run short of the first step; nothing is written. Raises `Refused`."
-    place = settle(cfg.dtype)
+    limit, place = as_bytes(memory) if memory else None, settle(cfg.dtype)
     check_tracking(cfg)
     check_out(cfg)
     unknown = []
-    if cfg.model == 'demo' or Path(cfg.model).is_dir():
+    if cfg.model == 'demo' or Path(cfg.model).is_dir() and not config_alone(cfg.model):
         run = prepare(cfg, place)
     else:
-        run = prepare_shape(cfg, unknown)
+        run = prepare_shape(cfg, unknown, place)
     report = preflight(run, measure=not unknown)
     print('\n'.join(preflight_lines(report) + notes(run) + [f'unknown   {u}' for u in unknown]))
+    print('\n'.join(memory_lines(run, limit)))
     for i in range(min(show, len(run.train) if run.train else 0)):
         print(f'\nrow {i} of {len(run.train)}')
         print(show_row(run.train[i], run.tokenizer, cfg.loss_on, color=sys.stdout.isatty()))
     return report
 
+# %% ../nbs/16_run.ipynb #16-ml1
+def memory_lines(
+    run,  # Run after `preflight`
+    limit:int=None,  # bytes that there are
+)->list:  # lines
+    "Where a run's memory goes, and what would make it fit."
+    sums, by = run.report['memory_moments'], dict(run.report['memory_bytes'])
+    by.pop('total')
+    lines = memory_table(sums, by, run.place)
+    if run.report['memory_uncounted']:
+        lines.append(f"by formula, for it cannot be counted ({run.report['memory_uncounted']})")
+    if limit is None:
+        return lines
+    about, now = known(run), max(sums.values())
+    about = dict(states=about['states'], process=about['process'])
+    found = [] if now <= limit else fitting(run.cfg, run.shape, run.place, limit, run.choice, **about)
+    return lines + fit_lines(found, now, limit)
+
+def config_alone(
+    name:str,  # a model's folder, or its config.json
+)->bool:
+    "Whether there is a config without weights."
+    path = Path(name)
+    return path.suffix == '.json' or (path/'config.json').exists() and not list(path.glob('*.safetensors'))
+
 # %% ../nbs/16_run.ipynb #16-061
 def prepare_shape(
     cfg:RunConfig,  # options with a hub id as model
     unknown:list,  # gets a line for each thing that cannot be known
+    place:Place=None,  # see `settle`; None: settle now
 )->Run:  # model on the meta device, without weights; no packed rows where they are not to be had
     "What can be known of a run without weights: the article's shape, or the config of a model on the hub."
     from transformers import AutoConfig, AutoModelForCausalLM
-    run, article = Run(cfg), cfg.model == PRESETS['article']['model']
+    quiet()
+    run, article = Run(cfg, place or settle(cfg.dtype)), cfg.model == PRESETS['article']['model']
+    run.report['process_bytes'] = resident()
     if article:
-        run.model = model_shape(**LLAMA_2_7B)
+        run.model = model_shape(**LLAMA_2_7B).to(torch.bfloat16)
     else:
-        config = _load(AutoConfig.from_pretrained, cfg.model, trust_remote_code=cfg.trust_remote_code)
+        name = str(Path(cfg.model).parent) if cfg.model.endswith('.json') else cfg.model
+        config = _load(AutoConfig.from_pretrained, name, trust_remote_code=cfg.trust_remote_code)
         with torch.device('meta'):
             run.model = AutoModelForCausalLM.from_config(config)
-    dtype = torch.float32 if cfg.dtype == 'fp32' else torch.bfloat16
+    if cfg.dtype == 'auto':
+        run.place = Place(run.place.device, torch.bfloat16)
+    run.shape = twin(run.model, 'meta')
     run.choice = resolve_choice(cfg, run.model)
-    apply_choice(run.model, run.choice, dtype)
+    apply_choice(run.model, run.choice, run.place.dtype)
     unknown.append('speed, isolation and gradients: measured on loaded weights only')
     try:
         run.rows, bad = load_rows(cfg)
@@ -522,8 +572,8 @@ def check_disk(
     run,  # Run with report and folder
 )->None:
     "Refuse a disk that has no room for the result and the checkpoints."
-    m, trained = run.report['memory_bytes'], 4*run.report['trainable']
-    need = trained if run.cfg.method == 'lora' else m['frozen'] + m['trained']
+    trained = (2 if run.cfg.train_dtype == 'bf16' else 4)*run.report['trainable']
+    need = trained if run.cfg.method == 'lora' else run.report['model_bytes']
     if run.large and run.cfg.method != 'lora':
         need = trained + sum(file.stat().st_size for file in shards(run.large.folder))
     if run.cfg.save_every:
