@@ -201,7 +201,8 @@ class Checkpoints(TrainerCallback):
         weights = {k: p.detach().cpu().contiguous() for k, p in self.trained().items()}
         for k, p in self.trained().items():
             for name, t in optimizer.state[p].items():
-                tensors[f'{k}|{name}'] = t.cpu().contiguous()
+                if t is not None:
+                    tensors[f'{k}|{name}'] = torch.as_tensor(t).cpu().contiguous()
         rng, rest = random_states()
         save_file(weights, folder/'weights.safetensors')
         save_file(tensors, folder/'optimizer.safetensors')
@@ -249,6 +250,10 @@ class Checkpoints(TrainerCallback):
                     saved['state'][number] = by_name[names[p]]
                 number += 1
         optimizer.load_state_dict(saved)
+        for p, k in names.items():
+            for entry, t in by_name.get(k, {}).items():
+                if optimizer.state[p][entry].dtype != t.dtype:  # numbers in fp32 about a weight in bf16
+                    optimizer.state[p][entry] = t.to(p.device)
         self.trainer.lr_scheduler.load_state_dict(about['scheduler'])
         self.trainer.tokens = about['tokens']
         if self.watch:

@@ -270,7 +270,11 @@ def preflight_lines(
                      'trains layers too')
     memory = {k: f'{n/2**30:.1f}' for k, n in r['memory_bytes'].items()}
     total = memory.pop('total')
-    lines.append(f"memory    about {total} GiB: {', '.join(f'{k} {n}' for k, n in memory.items())}")
+    lines.append(f"memory    about {total} GiB: {', '.join(f'{k} {n}' for k, n in memory.items() if n != '0.0')}")
+    moments = r.get('memory_moments') or {}
+    worst = max(moments, key=moments.get, default=None)
+    if worst and worst != 'a training step':
+        lines.append(f'          at most {moments[worst]/2**30:.1f} GiB: {worst}')
     seconds = r.get('estimated_seconds')
     if seconds is not None:
         about = f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} min'
