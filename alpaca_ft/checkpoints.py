@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 from .files import sha256, sync, write_whole
 from .model import decoder_layers, first_in_graph, memory_estimate
 from .options import RunConfig
+from .processes import added, deaf, first, first_does, lost_process, processes, shared
 
 # %% ../nbs/12_checkpoints.ipynb #12-022
 def write_checkpoint(
@@ -218,12 +219,15 @@ class Checkpoints(TrainerCallback):
         (folder/'state.json').write_text(json.dumps(about), encoding='utf-8')
 
     def save(self, step):
-        "Write the checkpoint of a step, and delete old ones."
-        if self.trainer.is_world_process_zero():
-            write_checkpoint(self.folder(step), self.write)
-            tidy(self.out, self.cfg.keep, step)
-            if self.best:
-                self.best.tidy()
+        "Write the checkpoint of a step, and delete old ones. Of several processes the first does, and all wait."
+        first_does(self.save_here, step)
+
+    def save_here(self, step):
+        "The same in this process."
+        write_checkpoint(self.folder(step), self.write)
+        tidy(self.out, self.cfg.keep, step)
+        if self.best:
+            self.best.tidy()
 
     def restore_weights(self, trained):
         "Before the trainer is made: the weights of the checkpoint to go on from."
@@ -261,11 +265,19 @@ class Checkpoints(TrainerCallback):
         begun = step > self.trainer.start
         if begun and self.cfg.save_every and step % self.cfg.save_every == 0:
             self.save(step)
-        if self.signal:
-            if begun and not self.folder(step).exists():
+        if self.told():
+            if begun and not first_does(self.folder(step).exists):
                 self.save(step)
-            raise Stopped(f'stopped by {self.signal} after step {step}; go on with: '
-                          f'{resume_command(self.cfg, self.out)}')
+            raise shared(Stopped(f'stopped by {self.signal} after step {step}; go on with: '
+                                 f'{resume_command(self.cfg, self.out)}'))
+
+    def told(self):
+        "Whether a signal came, to this process or to another one: all stop at the same step."
+        if processes() > 1:
+            came = added(torch.tensor([float(self.signal is not None)], device=self.trainer.args.device))
+            if came.item() and not self.signal:
+                self.signal = 'a signal to another process'
+        return self.signal
 
     def on_train_end(self, args, state, control, **kw):
         "Behind the last step."
@@ -292,6 +304,8 @@ class Checkpoints(TrainerCallback):
                 os.kill(os.getpid(), number)
                 return
             self.signal = signal.Signals(number).name
+            if processes() > 1:
+                return  # all will say it together
             os.write(2, f'\n{self.signal}: finishing this step and saving a checkpoint; send it once more to stop at '
                         'once\n'.encode())
 
@@ -302,6 +316,10 @@ class Checkpoints(TrainerCallback):
                 pass  # not in the main thread
         try:
             yield
+        except BaseException:
+            if processes() > 1 and before.pop(signal.SIGTERM, None) is not None:
+                deaf()  # the launcher sends SIGTERM when another process has failed, and this one has last words
+            raise
         finally:
             restore()
 
@@ -394,18 +412,22 @@ class Best(TrainerCallback):
         if state and state['step'] is not None:
             self.step, self.loss, self.waited = state['step'], state['loss'], state['waited']
             self.note()
-        else:
+        elif first():
             (self.out/'best.json').unlink(missing_ok=True)
         self.tidy()
 
     def note(self):
         "Write best.json, for people and for the report."
+        if not first():
+            return
         measure = 'eval_response_loss' if self.cfg.loss_on == 'response' else 'eval_loss'
         about = dict(measure=measure, step=self.step, loss=self.loss, evaluations_since=self.waited)
         write_whole(self.out/'best.json', json.dumps(about, indent=1))
 
     def tidy(self):
         "Delete best weights that neither the run nor a checkpoint on the disk needs, and what killed saves left."
+        if not first():
+            return
         folder, needed = self.out/'best', set(map(refers_to, checkpoints(self.out)))
         if not self.ended:
             needed.add(self.step)
@@ -427,8 +449,8 @@ class Best(TrainerCallback):
         if self.cfg.loss_on == 'response':
             loss = metrics['eval_response_loss']
         if self.loss is None or loss < self.loss:
-            if self.cfg.final == 'best' and state.is_world_process_zero:
-                write_checkpoint(best_folder(self.out, state.global_step), self.write)
+            if self.cfg.final == 'best':
+                first_does(write_checkpoint, best_folder(self.out, state.global_step), self.write)
             self.step, self.loss, self.waited = state.global_step, loss, 0
             self.tidy()
         else:
@@ -519,7 +541,7 @@ def explained(
     advice:str,  # see `memory_advice`
     n_bytes:int,  # of a checkpoint
 )->Failed|None:  # one line on it, or None where there is nothing to say
-    "One line for memory that ran out and a disk that is full."
+    "One line for memory that ran out, a disk that is full and a process that is gone."
     found = checkpoints(out)
     go_on = 'no checkpoint was saved'
     if found:
@@ -529,4 +551,6 @@ def explained(
     if disk_trouble(e):
         why = ' '.join(str(e).split())[:200]
         return Failed(f'{out}: {why}; a checkpoint takes {gib(n_bytes)}, so free some space; {go_on}')
+    if lost_process(e):
+        return Failed(f'another process of this run has ended, so this one cannot go on; {go_on}')
     return None

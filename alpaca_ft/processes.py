@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'WAIT', 'started', 'processes', 'rank', 'first', 'restarts', 'may_restart', 'launch_name', 'wants',
-           'check_launch', 'alone_on_cpu', 'connect', 'everyone', 'added', 'portable', 'lost_process', 'each_does',
-           'first_does', 'deaf', 'together', 'speaks']
+           'check_launch', 'alone_on_cpu', 'connect', 'everyone', 'added', 'portable', 'lost_process', 'shared',
+           'each_does', 'first_does', 'deaf', 'together', 'speaks']
 
 # %% ../nbs/a8_processes.ipynb #a8-003
 import os
@@ -142,7 +142,15 @@ def lost_process(
         return True
     return isinstance(e, RuntimeError) and any(w in str(e) for w in ('gloo', 'by peer', 'Broken pipe'))
 
-# %% ../nbs/a8_processes.ipynb #a8-033
+# %% ../nbs/a8_processes.ipynb #a8-034
+def shared(
+    error,  # an exception
+):  # the same
+    "Mark an error that all processes raise at this place."
+    error.shared = True
+    return error
+
+# %% ../nbs/a8_processes.ipynb #a8-035
 def each_does(
     work,  # function
     *args,  # its arguments
@@ -157,12 +165,10 @@ def each_does(
         error = e
     errors = [e for e in everyone(portable(error)) if e is not None]
     if errors:
-        error = error or errors[0]
-        error.shared = True
-        raise error
+        raise shared(error or errors[0])
     return result
 
-# %% ../nbs/a8_processes.ipynb #a8-035
+# %% ../nbs/a8_processes.ipynb #a8-037
 def first_does(
     work,  # function
     *args,  # its arguments
@@ -173,7 +179,7 @@ def first_does(
     result = each_does(work, *args) if first() else each_does(str)
     return everyone(result)[0]
 
-# %% ../nbs/a8_processes.ipynb #a8-040
+# %% ../nbs/a8_processes.ipynb #a8-042
 def deaf()->None:
     "Ignore SIGTERM from now on: this process is about to end, and has something to finish."
     try:
@@ -181,7 +187,7 @@ def deaf()->None:
     except ValueError:
         pass  # not in the main thread
 
-# %% ../nbs/a8_processes.ipynb #a8-041
+# %% ../nbs/a8_processes.ipynb #a8-043
 @contextmanager
 def together():
     "A block that all processes leave together, unless one of them failed alone."
@@ -195,7 +201,7 @@ def together():
         raise
     everyone(None)
 
-# %% ../nbs/a8_processes.ipynb #a8-043
+# %% ../nbs/a8_processes.ipynb #a8-045
 def speaks()->bool:
     "Whether this process is the one that tells how the run ended: the first of all to ask."
     if started() == 1:
