@@ -273,11 +273,12 @@ class Checkpoints(TrainerCallback):
 
     def told(self):
         "Whether a signal came, to this process or to another one: all stop at the same step."
-        if processes() > 1:
-            came = added(torch.tensor([float(self.signal is not None)], device=self.trainer.args.device))
-            if came.item() and not self.signal:
-                self.signal = 'a signal to another process'
-        return self.signal
+        if processes() == 1:
+            return self.signal is not None
+        came = added(torch.tensor([float(self.signal is not None)], device=self.trainer.args.device)).item() > 0
+        if came and not self.signal:
+            self.signal = 'a signal to another process'
+        return came  # and not self.signal, which may have come since: it is for the next step
 
     def on_train_end(self, args, state, control, **kw):
         "Behind the last step."

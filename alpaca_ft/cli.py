@@ -217,13 +217,13 @@ def several()->bool:
 
 # %% ../nbs/18_cli.ipynb #18-pr3
 def says(
-    line:str,  # how the command ended
+    e:BaseException,  # that ended the command
 )->bool:
-    "Whether this process is the one to print it."
+    "Whether this process is the one to say so: the first of those that failed."
     if not several():
         return True
-    from alpaca_ft.processes import speaks
-    return speaks()
+    from alpaca_ft.processes import first, speaks
+    return first() if getattr(e, 'shared', False) else speaks()
 
 # %% ../nbs/18_cli.ipynb #18-032
 def main(
@@ -245,8 +245,9 @@ def main(
         code, why = foreseen(e)
         if code is None:
             raise
+        speak = says(e)
     line = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in why)  # nothing that a terminal obeys
-    if says(line):
+    if speak:
         print(f'alpaca_ft: {line}', file=sys.stderr, flush=True)
     return code
 

@@ -359,6 +359,7 @@ class LastEvaluation(TrainerCallback):
 class SameWeights(DistributedDataParallelKwargs):
     "DDP's settings where all processes have loaded the same weights, which accelerate has no field for."
     init_sync: bool = True
+    forward_sync_buffers: bool = True
 
 # %% ../nbs/07_trainer.ipynb #07-055
 def make_trainer(
@@ -383,7 +384,7 @@ def make_trainer(
                                processing_class=tokenizer, callbacks=[LastEvaluation(), *callbacks])
     for cb in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(cb)
-    trainer.accelerator.ddp_handler = SameWeights(broadcast_buffers=False, init_sync=False,
+    trainer.accelerator.ddp_handler = SameWeights(init_sync=False, forward_sync_buffers=False,
                                                   find_unused_parameters=experts or bool(cfg.rotate))
     return trainer
 
