@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 from .files import sha256, sync, write_whole
 from .model import decoder_layers, first_in_graph, memory_estimate
 from .options import RunConfig
-from .processes import added, deaf, first, first_does, lost_process, processes, shared
+from .processes import added, deaf, is_first, first_does, lost_process, processes, shared
 
 # %% ../nbs/12_checkpoints.ipynb #12-022
 def write_checkpoint(
@@ -413,13 +413,13 @@ class Best(TrainerCallback):
         if state and state['step'] is not None:
             self.step, self.loss, self.waited = state['step'], state['loss'], state['waited']
             self.note()
-        elif first():
+        elif is_first():
             (self.out/'best.json').unlink(missing_ok=True)
         self.tidy()
 
     def note(self):
         "Write best.json, for people and for the report."
-        if not first():
+        if not is_first():
             return
         measure = 'eval_response_loss' if self.cfg.loss_on == 'response' else 'eval_loss'
         about = dict(measure=measure, step=self.step, loss=self.loss, evaluations_since=self.waited)
@@ -427,7 +427,7 @@ class Best(TrainerCallback):
 
     def tidy(self):
         "Delete best weights that neither the run nor a checkpoint on the disk needs, and what killed saves left."
-        if not first():
+        if not is_first():
             return
         folder, needed = self.out/'best', set(map(refers_to, checkpoints(self.out)))
         if not self.ended:

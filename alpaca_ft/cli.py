@@ -222,8 +222,8 @@ def says(
     "Whether this process is the one to say so: the first of those that failed."
     if not several():
         return True
-    from alpaca_ft.processes import first, speaks
-    return first() if getattr(e, 'shared', False) else speaks()
+    from alpaca_ft.processes import is_first, speaks
+    return is_first() if getattr(e, 'shared', False) else speaks()
 
 # %% ../nbs/18_cli.ipynb #18-032
 def main(

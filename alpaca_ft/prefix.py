@@ -28,7 +28,7 @@ from .files import write_whole
 from .model import (Attention, Choice, Tail, Trunk, apply_choice, load_model, model_folder,
                              resolve_choice)
 from .options import RunConfig
-from .processes import each_does, first, first_does, processes, rank, shared
+from .processes import each_does, is_first, first_does, processes, rank, shared
 from .trainer import StepCollator, on_device
 
 # %% ../nbs/09_prefix.ipynb #09-010
@@ -74,7 +74,8 @@ def rows_states(
     "Send rows through the frozen layers, with a progress bar."
     collate, before = StepCollator(0, 'all'), 0
     numbers = numbers or range(sum(map(len, splits)))
-    with tqdm(total=len(numbers), desc='frozen layers, once', unit='row', file=sys.stderr, disable=not first()) as bar:
+    shown = dict(desc='frozen layers, once', unit='row', file=sys.stderr, disable=not is_first())
+    with tqdm(total=len(numbers), **shown) as bar:
         for rows in splits:
             here = range(max(0, numbers.start - before), min(len(rows), numbers.stop - before))
             for i in here:
@@ -263,7 +264,7 @@ def write_states(
         each_does(fill)
         first_does(complete)
     finally:
-        if first():
+        if is_first():
             part.unlink(missing_ok=True)
 
 # %% ../nbs/09_prefix.ipynb #09-058
@@ -315,7 +316,7 @@ def states_on_disk(
     n_bytes = sum(lengths)*size
     mine = range(n*rank()//processes(), n*(rank() + 1)//processes())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path}.lock') if first() else nullcontext():  # a second run waits for the first one's states
+    with FileLock(f'{path}.lock') if is_first() else nullcontext():  # a second run waits for the first one's states
         if not first_does(there_already, path, n_bytes):
             first_does(make_room, path.parent, n_bytes)
             try:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'NOT_BEGUN', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'the_folder', 'check_share',
-           'started_again', 'pack_rows', 'check_fit', 'prepare', 'fullest_row', 'probe', 'synchronize',
+           'untracked', 'started_again', 'pack_rows', 'check_fit', 'prepare', 'fullest_row', 'probe', 'synchronize',
            'may_be_without_gradient', 'measure_step', 'decide_states', 'preflight', 'notes', 'check', 'prepare_shape',
            'agree', 'go_on', 'check_disk', 'write_start', 'begin', 'keep_states', 'what_trains', 'build_trainer',
            'train_steps', 'take_best', 'save_result', 'what_is_left', 'in_a_line', 'finish']
@@ -36,7 +36,7 @@ from .options import PRESETS, RunConfig, plan
 from .packing import pack
 from .prefix import (WholeModel, decide, packed_lengths, states_in_memory, states_on_disk, try_tail,
                      why_no_states, with_row_numbers)
-from .processes import (each_does, everyone, first, first_does, launch_name, may_restart, rank, restarts,
+from .processes import (each_does, everyone, is_first, first_does, launch_name, may_restart, rank, restarts,
                                  shared, together)
 from .prompts import tokenize, use_template
 from .report import ReportCB, preflight_lines
@@ -85,7 +85,7 @@ def train(
             run.resume_from = first_does(begin, run)
             with at_work(run.model, cfg):
                 advice = memory_advice(cfg, run.model)
-            with Tracker(cfg if first() else replace(cfg, track='none', log_model=False), out, run.manifest) as tracker:
+            with Tracker(cfg if is_first() else untracked(cfg), out, run.manifest) as tracker:
                 try:
                     keep_states(run)
                     if cfg.resume:
@@ -206,6 +206,13 @@ def check_share(
         raise Refused(f'a step of {cfg.batch_size} packed rows, {cfg.micro_batch_size} at a time, has work for '
                       f'{batches} of {n} processes; give a larger --batch-size or a smaller --micro-batch-size, or '
                       'start fewer')
+
+# %% ../nbs/16_run.ipynb #16-pr7
+def untracked(
+    cfg:RunConfig,  # the options
+)->RunConfig:
+    "The options of the processes that are not the first: what is logged, is logged once."
+    return replace(cfg, track='none', log_model=False)
 
 # %% ../nbs/16_run.ipynb #16-pr4
 def started_again(
@@ -638,7 +645,7 @@ def train_steps(
     if trainer.start < run.report['steps'] and not best.enough:  # a checkpoint of the last step leaves nothing to train
         trainer.train()
     trainer.metrics_bar.close()
-    if best.enough and first():
+    if best.enough and is_first():
         step = max(trainer.start, trainer.state.global_step)
         print(f'patience: no evaluation since step {best.step} was better, so the run ends after step {step} '
               f"of {run.report['steps']}", file=sys.stderr)
@@ -704,5 +711,5 @@ def finish(
     "Close what was opened, and write the report."
     if run.trainer is not None:
         run.trainer.metrics_bar.close()
-    if first():
+    if is_first():
         ReportCB(run.out).write(running=False)

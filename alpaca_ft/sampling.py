@@ -17,7 +17,7 @@ from transformers import GenerationConfig, TrainerCallback
 from .data import Refused
 from .files import append_jsonl, read_jsonl
 from .model import autocast
-from .processes import each_does, everyone, first, processes, rank
+from .processes import each_does, everyone, is_first, processes, rank
 from .prompts import chat_template, create_prompt_no_answer, end_ids, is_alpaca, prompt_ids, turns_of
 
 # %% ../nbs/06_sampling.ipynb #05-009
@@ -279,7 +279,7 @@ class LLMSampleCB(TrainerCallback):
             why = ' '.join(str(e).split())[:200]
             if isinstance(e, MemoryError) or 'memory' in why:
                 raise  # there is advice for that
-            if first():
+            if is_first():
                 print(f'samples of step {state.global_step} are left out ({why})', file=sys.stderr)
             return
         self.rows += new

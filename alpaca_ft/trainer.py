@@ -25,7 +25,7 @@ from .files import append_jsonl
 from .model import Tail, checkpoint_trained, drawn, layer_weights
 from .options import RunConfig, plan
 from .packing import PackedCollator
-from .processes import added, alone_on_cpu, everyone, first, processes, rank, shared
+from .processes import added, alone_on_cpu, everyone, is_first, processes, rank, shared
 from .options import CHOICES, PRESETS, check_options, option_help, read_config  # importable from here, as ever
 
 # %% ../nbs/07_trainer.ipynb #07-006
@@ -475,7 +475,7 @@ class Metrics(TrainerCallback):
         self.path, self.steps_per_epoch, self.bar = path, steps_per_epoch, None
 
     def on_train_begin(self, args, state, control, **kw):
-        if first():
+        if is_first():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit='step', dynamic_ncols=True)
 
     def on_log(self, args, state, control, logs=None, **kw):
