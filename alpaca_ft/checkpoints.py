@@ -19,6 +19,7 @@ import shutil
 import signal
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from transformers import TrainerCallback
 from .files import sha256, sync, write_whole
 from .model import decoder_layers, first_in_graph, memory_estimate
 from .options import RunConfig
-from .processes import added, deaf, is_first, first_does, lost_process, processes, shared
+from .processes import added, deaf, is_first, first_does, lost_process, part, processes, shared, whole
 
 # %% ../nbs/12_checkpoints.ipynb #12-022
 def write_checkpoint(
@@ -196,14 +197,18 @@ class Checkpoints(TrainerCallback):
         "The trained parameters by their names in the whole model."
         return self.trainer.model.tail.trained()
 
-    def write(self, folder):
-        "All files of a checkpoint."
-        optimizer, tensors = self.trainer.optimizer, {}
-        weights = {k: p.detach().cpu().contiguous() for k, p in self.trained().items()}
+    def tensors(self):
+        "What trains, and what the optimizer has on it; put together where it is spread over processes."
+        weights, moments = {}, {}
         for k, p in self.trained().items():
-            for name, t in optimizer.state[p].items():
-                tensors[f'{k}|{name}'] = t.cpu().contiguous()
-        rng, rest = random_states()
+            weights[k] = whole(p.detach()).cpu().contiguous()
+            for name, t in self.trainer.optimizer.state[p].items():
+                moments[f'{k}|{name}'] = whole(t).cpu().contiguous()
+        return weights, moments
+
+    def write(self, folder, weights, tensors):
+        "All files of a checkpoint."
+        optimizer, (rng, rest) = self.trainer.optimizer, random_states()
         save_file(weights, folder/'weights.safetensors')
         save_file(tensors, folder/'optimizer.safetensors')
         save_file(rng, folder/'random.safetensors')
@@ -220,11 +225,11 @@ class Checkpoints(TrainerCallback):
 
     def save(self, step):
         "Write the checkpoint of a step, and delete old ones. Of several processes the first does, and all wait."
-        first_does(self.save_here, step)
+        first_does(self.save_here, step, *self.tensors())
 
-    def save_here(self, step):
+    def save_here(self, step, weights, moments):
         "The same in this process."
-        write_checkpoint(self.folder(step), self.write)
+        write_checkpoint(self.folder(step), partial(self.write, weights=weights, tensors=moments))
         tidy(self.out, self.cfg.keep, step)
         if self.best:
             self.best.tidy()
@@ -250,7 +255,7 @@ class Checkpoints(TrainerCallback):
             saved['param_groups'][optimizer.param_groups.index(group)]['lr'] = lr
             for p in group['params']:
                 if names[p] in by_name:
-                    saved['state'][number] = by_name[names[p]]
+                    saved['state'][number] = {entry: part(t, p) for entry, t in by_name[names[p]].items()}
                 number += 1
         optimizer.load_state_dict(saved)
         self.trainer.lr_scheduler.load_state_dict(about['scheduler'])
@@ -440,10 +445,9 @@ class Best(TrainerCallback):
         if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
 
-    def write(self, folder):
+    def write(self, folder, trained):
         "The weights that train."
-        trained = self.trainer.model.tail.trained()
-        save_file({k: p.detach().cpu().contiguous() for k, p in trained.items()}, folder/'weights.safetensors')
+        save_file(trained, folder/'weights.safetensors')
 
     def on_evaluate(self, args, state, control, metrics=None, **kw):
         loss = metrics['eval_loss']
@@ -451,7 +455,10 @@ class Best(TrainerCallback):
             loss = metrics['eval_response_loss']
         if self.loss is None or loss < self.loss:
             if self.cfg.final == 'best':
-                first_does(write_checkpoint, best_folder(self.out, state.global_step), self.write)
+                trained = self.trainer.model.tail.trained().items()
+                trained = {k: whole(p.detach()).cpu().contiguous() for k, p in trained}
+                write = partial(self.write, trained=trained)
+                first_does(write_checkpoint, best_folder(self.out, state.global_step), write)
             self.step, self.loss, self.waited = state.global_step, loss, 0
             self.tidy()
         else:
@@ -470,7 +477,7 @@ class Best(TrainerCallback):
         saved = load_file(best_folder(self.out, self.step)/'weights.safetensors')
         with torch.no_grad():
             for k, p in trained.items():
-                p.copy_(saved[k])
+                p.copy_(part(saved[k], p))
 
 # %% ../nbs/12_checkpoints.ipynb #12-080
 class Failed(RuntimeError):

@@ -512,6 +512,7 @@ class Place:
     dtype:torch.dtype  # of the matrix products and of frozen weights: bf16 or fp32
     processes:int = 1  # that train together
     rank:int = 0  # of this one; the first one writes
+    sharded:bool = False  # their weights are spread over them (FSDP), not copied (DDP)
 
 # %% ../nbs/04_model.ipynb #3bfbb87d
 def settle(
@@ -519,8 +520,6 @@ def settle(
 )->Place:  # device, dtype, processes and rank
     "Settle device, precision and processes, by accelerate's state; raises `Refused` where a run cannot be right."
     check_launch()
-    if wants('ACCELERATE_USE_FSDP'):
-        raise Refused('the launcher asks for FSDP (ACCELERATE_USE_FSDP), which is not done here yet; leave it out')
     n, gpus = started(), torch.cuda.device_count()
     if n > 1 and gpus and int(os.environ['LOCAL_RANK']) >= gpus:
         raise Refused(f'process {os.environ["RANK"]} has no GPU of its own: {gpus} visible; start as many as there are')
@@ -534,7 +533,8 @@ def settle(
         raise Refused(f'{n} processes were started, but on {device.type} a run has one; start it without torchrun or '
                       'accelerate')
     known = dict(bf16=torch.bfloat16, fp32=torch.float32)
-    return Place(device, known.get(dtype) or compute_dtype(device), processes(), rank())
+    sharded = wants('ACCELERATE_USE_FSDP')
+    return Place(device, known.get(dtype) or compute_dtype(device), processes(), rank(), sharded)
 
 # %% ../nbs/04_model.ipynb #4417bd63
 def share(

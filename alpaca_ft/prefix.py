@@ -28,7 +28,7 @@ from .files import write_whole
 from .model import (Attention, Choice, Tail, Trunk, apply_choice, load_model, model_folder,
                              resolve_choice)
 from .options import RunConfig
-from .processes import each_does, is_first, first_does, processes, rank, shared
+from .processes import each_does, is_first, first_does, processes, rank, shared, whole
 from .trainer import StepCollator, on_device
 
 # %% ../nbs/09_prefix.ipynb #09-010
@@ -378,28 +378,37 @@ class WholeModel:
         dtype:torch.dtype,  # of its frozen part
         choice:Choice=None,  # what trains; None: as the options say
     ):
-        self.model, self.cfg, self.dtype, self.tail, self.files = model, cfg, dtype, None, None
+        self.model, self.cfg, self.dtype, self.tail, self.files, self.trained = model, cfg, dtype, None, None, None
         self.choice = choice or resolve_choice(cfg, model)
 
     def release(self,
         tail:Tail,  # what stays in memory
     )->None:
         "Let go of the frozen layers, where the model's files can bring them back."
-        folder = model_folder(self.cfg.model)
-        files = sorted(folder.glob('*.safetensors')) if folder else []
-        if not files:
+        if not self.can_be_released():
             return
-        self.files = {f: self.stamp(f) for f in files}
+        self.files = {f: self.stamp(f) for f in model_folder(self.cfg.model).glob('*.safetensors')}
         for p in tail.parameters():
             if not p.requires_grad:
                 p.data = p.data.clone()  # a view into a mapped file would keep all of it
         self.tail, self.model = tail, None
         give_back_memory()
 
+    def can_be_released(self):
+        "Whether the model's files are on this disk."
+        folder = model_folder(self.cfg.model)
+        return folder is not None and any(folder.glob('*.safetensors'))
+
     def stamp(self, file):
         "What changes when a file is written to or replaced."
         s = file.stat()
         return s.st_size, s.st_mtime_ns, s.st_ino
+
+    def gather(self):
+        "Put together what trains, where it is spread over processes; all of them have to ask."
+        trained = self.tail.trained() if self.tail is not None else {}
+        if any(hasattr(p, 'full_tensor') for p in trained.values()):
+            self.trained = {name: nn.Parameter(whole(p.detach())) for name, p in trained.items()}
 
     def assemble(self):
         "Load the frozen part again, and put the trained parameters in their places."
@@ -408,10 +417,18 @@ class WholeModel:
                 raise OSError(f'{f}: was changed or removed while its upper layers were trained')
         model = load_model(self.cfg.model, trust_remote_code=self.cfg.trust_remote_code)
         apply_choice(model, self.choice, self.dtype)
-        for name, p in self.tail.trained().items():
+        for name, p in (self.trained or self.tail.trained()).items():
             module, _, attribute = name.rpartition('.')
             setattr(model.get_submodule(module), attribute, p)
         return model
+
+    @contextmanager
+    def use_by_all(self):
+        "`use`, in all processes at once."
+        self.gather()
+        with self.use() as model:
+            yield model
+        self.trained = None
 
     @contextmanager
     def use(self):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'WAIT', 'started', 'processes', 'rank', 'is_first', 'restarts', 'may_restart', 'launch_name', 'wants',
-           'check_launch', 'alone_on_cpu', 'connect', 'everyone', 'added', 'portable', 'lost_process', 'shared',
-           'each_does', 'first_does', 'deaf', 'together', 'speaks']
+           'check_sharding', 'check_launch', 'alone_on_cpu', 'connect', 'everyone', 'added', 'whole', 'part',
+           'portable', 'lost_process', 'shared', 'each_does', 'first_does', 'deaf', 'together', 'speaks']
 
 # %% ../nbs/a8_processes.ipynb #a8-003
 import os
@@ -64,12 +64,30 @@ def wants(
     "Whether a variable is set to something that means yes."
     return os.environ.get(name, '').lower() in ('1', 'true', 'yes', 'on', 'y', 't')
 
+# %% ../nbs/a8_processes.ipynb #a8-sh2
+def check_sharding()->None:
+    "Refuse what a launcher asks of FSDP and is not done here."
+    if not wants('ACCELERATE_USE_FSDP'):
+        return
+    asked = {k: os.environ.get(f'FSDP_{k}', '') for k in ('VERSION', 'AUTO_WRAP_POLICY')}
+    if started() == 1:
+        raise Refused('the launcher asks for FSDP, but starts one process; start several, or leave it out')
+    if asked['VERSION'] != '2':
+        raise Refused('the launcher asks for the first version of FSDP; set fsdp_version to 2')
+    if asked['AUTO_WRAP_POLICY'] not in ('', 'TRANSFORMER_BASED_WRAP'):
+        raise Refused(f"fsdp_auto_wrap_policy is {asked['AUTO_WRAP_POLICY']}; set TRANSFORMER_BASED_WRAP")
+    for k, instead in dict(OFFLOAD_PARAMS='set it to false', ACTIVATION_CHECKPOINTING='use --activation-checkpointing',
+                           CPU_RAM_EFFICIENT_LOADING='set it to false').items():
+        if wants(f'FSDP_{k}'):
+            raise Refused(f'the launcher sets fsdp_{k.lower()}, which is not done here; {instead}')
+
 # %% ../nbs/a8_processes.ipynb #a8-019
 def check_launch()->None:
     "Refuse a launch that asks for what is not done here, or that says too little for processes to meet."
     for name, what in ELSEWHERE.items():
         if wants(name):
             raise Refused(f'the launcher asks for {what} ({name}), which is not done here; leave it out')
+    check_sharding()
     if os.environ.get('ACCELERATE_MIXED_PRECISION', 'no') not in ('', 'no'):
         raise Refused('the launcher asks for mixed precision (ACCELERATE_MIXED_PRECISION); '
                       'precision is the option --dtype here, so set mixed_precision to no')
@@ -122,6 +140,24 @@ def added(
     if processes() > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+# %% ../nbs/a8_processes.ipynb #a8-wh2
+def whole(
+    tensor,  # a tensor, or this process's part of one
+):  # all of it
+    "A tensor with the parts that other processes have."
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
+# %% ../nbs/a8_processes.ipynb #a8-wh3
+def part(
+    tensor,  # all of it, the same in every process
+    like,  # a tensor that may be spread over processes
+):  # spread in the same way
+    "This process's part of a tensor, where the other one has parts."
+    if not hasattr(like, 'full_tensor') or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 # %% ../nbs/a8_processes.ipynb #a8-031
 def portable(

@@ -7,7 +7,7 @@ __all__ = ['LOCK', 'NOT_BEGUN', 'Run', 'train', 'check_out', 'make_folder', 'run
            'untracked', 'started_again', 'pack_rows', 'check_fit', 'prepare', 'fullest_row', 'probe', 'synchronize',
            'may_be_without_gradient', 'measure_step', 'decide_states', 'preflight', 'notes', 'check', 'prepare_shape',
            'agree', 'go_on', 'check_disk', 'write_start', 'begin', 'keep_states', 'what_trains', 'build_trainer',
-           'train_steps', 'take_best', 'save_result', 'what_is_left', 'in_a_line', 'finish']
+           'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -93,7 +93,7 @@ def train(
                     run.trainer = build_trainer(run, tracker, callbacks)
                     with run.trainer.saver.watch_signals():
                         train_steps(run)
-                        first_does(save_result, run, run.trainer.model.tail)
+                        save_result(run, run.trainer.model.tail)
                         run.trainer.best.end()
                 except Exception as e:
                     raise in_a_line(e, run, advice) from None
@@ -202,6 +202,8 @@ def check_share(
 )->None:
     "Refuse a step that has no work for some of the processes."
     n, batches = place.processes, cfg.batch_size//cfg.micro_batch_size
+    if place.sharded and cfg.rotate:
+        raise Refused('rotate changes what trains, and FSDP has settled it by then; leave one of them out')
     if batches < n:
         raise Refused(f'a step of {cfg.batch_size} packed rows, {cfg.micro_batch_size} at a time, has work for '
                       f'{batches} of {n} processes; give a larger --batch-size or a smaller --micro-batch-size, or '
@@ -288,6 +290,9 @@ def prepare(
     run.manifest = make_manifest(cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test,
                                  run.choice)
     run.whole = WholeModel(run.model, cfg, run.place.dtype, run.choice)
+    if run.place.sharded and not run.whole.can_be_released():
+        raise Refused(f'{cfg.model}: FSDP needs its safetensors files at hand, to put the whole model together again; '
+                      'give a folder')
     return run
 
 # %% ../nbs/16_run.ipynb #16-039
@@ -625,12 +630,12 @@ def build_trainer(
         trainer.add_callback(Rotate(trainer, cfg, run.report['steps']))
     if best.asked:
         trainer.add_callback(best)
-    if run.states is not None:
+    if run.states is not None or run.place.sharded:
         run.model = None
         run.whole.release(loss.tail)
     if cfg.n_samples:
         trainer.add_callback(LLMSampleCB(trainer, run.rows['test'], cfg.n_samples, cfg.max_new_tokens,
-                                         out/'samples.jsonl', run.whole.use, max_prompt_tokens=cfg.seq_len))
+                                         out/'samples.jsonl', run.whole.use_by_all, max_prompt_tokens=cfg.seq_len))
     for cb in (*tracker.callbacks, ReportCB(out), *callbacks):
         trainer.add_callback(cb)
     trainer.saver, trainer.metrics_bar, trainer.best = saver, metrics, best
@@ -655,12 +660,32 @@ def take_best(
     run,  # Run whose training has ended
     tail:Tail,  # that was trained
 )->None:
-    "Put the weights of the best evaluation in the place of the last ones, and say which they are."
+    "With --final best: put the weights of the best evaluation in the place of the last ones, and say which they are."
     best = run.trainer.best
-    best.restore(tail.trained())
+    if run.cfg.final != 'best':
+        return
+    each_does(best.restore, tail.trained())
+    if not is_first():
+        return
     where = 'response tokens' if run.cfg.loss_on == 'response' else 'all tokens'
     print(f'final: the model of step {best.step}, whose held-out loss on {where} was the lowest ({best.loss:.4f})',
           file=sys.stderr)
+
+# %% ../nbs/16_run.ipynb #16-rs1
+def rescued(
+    run,  # Run whose result could not be written
+    trained:dict,  # what trains: parameters by their names in the model
+    why:str,  # what kept it from being written
+)->Failed:  # what to tell
+    "Write the trained weights alone."
+    rescue = run.out/'trained.safetensors'
+    try:
+        save_file({k: p.detach().cpu().contiguous() for k, p in trained.items()}, rescue)
+    except Exception as again:
+        return Failed(f'{run.out}: the model could not be saved ({why}), nor its trained weights ({again}); '
+                      f'{what_is_left(run)}')
+    return Failed(f'{run.out}/model: could not be written ({why}); the trained weights are in {rescue}, '
+                  'by their names in the model')
 
 # %% ../nbs/16_run.ipynb #16-080
 def save_result(
@@ -668,23 +693,21 @@ def save_result(
     tail:Tail,  # that was trained
 )->None:
     "Write RUN/model; if that cannot be, the trained weights alone, so that a finished training is never lost."
-    try:
-        if run.cfg.final == 'best':
-            take_best(run, tail)
+    def write():
         with run.whole.use() as model:
             save_model(model, run.tokenizer, run.out/'model')
             run.model = model
+
+    try:
+        take_best(run, tail)
+        run.whole.gather()
+        first_does(write)
     except Exception as e:
+        if not is_first():
+            raise
         shutil.rmtree(run.out/'model.part', ignore_errors=True)
-        trained = {k: p.detach().cpu().contiguous() for k, p in tail.trained().items()}
-        why, rescue = ' '.join(str(e).split())[:200], run.out/'trained.safetensors'
-        try:
-            save_file(trained, rescue)
-        except Exception as again:
-            raise Failed(f'{run.out}: the model could not be saved ({why}), nor its trained weights ({again}); '
-                         f'{what_is_left(run)}') from None
-        raise Failed(f'{run.out}/model: could not be written ({why}); the trained weights are in {rescue}, '
-                     'by their names in the model') from None
+        failed = rescued(run, run.whole.trained or tail.trained(), ' '.join(str(e).split())[:200])
+        raise (shared(failed) if getattr(e, 'shared', False) else failed) from None
 
 # %% ../nbs/16_run.ipynb #16-081
 def what_is_left(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['sft_config', 'EpochOrder', 'rows_of_step', 'taken_in_turn', 'turns', 'MicroBatches', 'where_to_predict',
            'StepCollator', 'on_device', 'token_losses', 'PackedLoss', 'row_sums', 'PackedSFTTrainer', 'LastEvaluation',
-           'SameWeights', 'make_trainer', 'Diverged', 'StopAtNaN', 'Rotate', 'Metrics', 'quiet', 'run_collator']
+           'SameWeights', 'shard_by_layer', 'make_trainer', 'Diverged', 'StopAtNaN', 'Rotate', 'Metrics', 'quiet',
+           'run_collator']
 
 # %% ../nbs/07_trainer.ipynb #07-003
 import math
@@ -13,7 +14,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from accelerate import DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs, DistributedType, PartialState
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -21,11 +22,12 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from .data import Refused
 from .files import append_jsonl
-from .model import Tail, checkpoint_trained, drawn, layer_weights
+from .model import Tail, checkpoint_trained, decoder_layers, drawn, layer_weights
 from .options import RunConfig, plan
 from .packing import PackedCollator
-from .processes import added, alone_on_cpu, everyone, is_first, processes, rank, shared
+from .processes import added, alone_on_cpu, everyone, is_first, processes, rank, shared, wants, whole
 from .options import CHOICES, PRESETS, check_options, option_help, read_config  # importable from here, as ever
 
 # %% ../nbs/07_trainer.ipynb #07-006
@@ -361,6 +363,20 @@ class SameWeights(DistributedDataParallelKwargs):
     init_sync: bool = True
     forward_sync_buffers: bool = True
 
+# %% ../nbs/07_trainer.ipynb #07-fs2
+def shard_by_layer(
+    trainer,  # a trainer whose weights are to be spread over processes
+)->None:
+    "Tell accelerate what FSDP's units are; raises `Refused` where it would not do it."
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+    if not trainer.accelerator.is_fsdp2:
+        found = trainer.accelerator.distributed_type.value
+        raise shared(Refused(f'the launcher asks for FSDP, but accelerate would do {found}; leave it out'))
+    plugin = trainer.accelerator.state.fsdp_plugin
+    layers = decoder_layers(trainer.model.tail.model)
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
+
 # %% ../nbs/07_trainer.ipynb #07-055
 def make_trainer(
     cfg:RunConfig,  # the run's options
@@ -379,6 +395,8 @@ def make_trainer(
     if cfg.activation_checkpointing:
         checkpoint_trained(loss.tail.model)
     args = sft_config(cfg, len(train), out, report_to, resumed=start > 0)
+    if wants('ACCELERATE_USE_FSDP') and alone_on_cpu():  # accelerate keeps it for other devices, PyTorch does not
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     experts = any('.experts.' in name for name in loss.tail.trains)  # those that no token was sent to have no gradient
     trainer = PackedSFTTrainer(loss, cfg, states, start, args=args, train_dataset=train, eval_dataset=test,
                                processing_class=tokenizer, callbacks=[LastEvaluation(), *callbacks])
@@ -386,6 +404,8 @@ def make_trainer(
         trainer.remove_callback(cb)
     trainer.accelerator.ddp_handler = SameWeights(init_sync=False, forward_sync_buffers=False,
                                                   find_unused_parameters=experts or bool(cfg.rotate))
+    if wants('ACCELERATE_USE_FSDP'):
+        shard_by_layer(trainer)
     return trainer
 
 # %% ../nbs/07_trainer.ipynb #07-075
@@ -405,7 +425,7 @@ class StopAtNaN(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kw):
         gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = whole(nn.utils.get_total_norm(gradients))
         loss, norm = torch.stack([self.trainer.step_loss.float(), norm.float()]).tolist()
         why, past = None, self.past[-20:]
         if not math.isfinite(norm):
