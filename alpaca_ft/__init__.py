@@ -6,6 +6,7 @@ _modules = dict(
          'fetch_artifact cache_dir',
     formats='parse_columns as_row',
     files='append_jsonl read_jsonl read_run',
+    processes='processes rank is_first everyone each_does first_does',
     options='RunConfig read_config plan PRESETS',
     prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize prompt_ids '
             'alpaca_chat_template use_template row_prompt turns_of',

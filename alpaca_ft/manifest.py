@@ -129,7 +129,7 @@ class Manifest:
     device:str  # its kind: cpu, cuda, mps
     processor:str  # its name and what PyTorch makes of it; results are bitwise the same on the same only
     threads:int = 1  # that compute on a CPU; sums are rounded in another order with another number
-    processes:int = 1  # that train together
+    processes:int = 1  # that train together; the step is the same, its sums are rounded in another order
     step:str = ''  # how a step is computed: attention and head
     choice:str = ''  # digest of what trains
     versions:dict = field(default_factory=dict)  # of Python and the packages
@@ -182,13 +182,12 @@ def compare_manifests(
             found.never.append(f'the {name} is not the same ({k} {old.get(k)}, now {getattr(new, k)})')
     if old.get('choice') and new.choice and old['choice'] != new.choice:
         found.never.append('what trains is not the same (other layers or matrices)')
-    for k in ('dtype', 'processes'):
-        if old.get(k) != getattr(new, k):
-            found.never.append(f'{k} was {old.get(k)} and is {getattr(new, k)}')
+    if old.get('dtype') != new.dtype:
+        found.never.append(f"dtype was {old.get('dtype')} and is {new.dtype}")
     for k in ('device', 'step'):
         if old.get(k) != getattr(new, k):
             found.anyway.append(f'{k} was {old.get(k)} and is {getattr(new, k)}')
-    for k in ('processor', 'threads'):
+    for k in ('processor', 'threads', 'processes'):
         if old.get(k) != getattr(new, k):
             found.note.append(f'{k} was {old.get(k)} and is {getattr(new, k)}')
     for k, v in old.get('versions', {}).items():

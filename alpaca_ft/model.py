@@ -31,6 +31,7 @@ from torch import nn
 from .data import Refused, cache_dir
 from .files import sha256, sync
 from .options import RunConfig
+from .processes import alone_on_cpu, check_launch, connect, processes, rank, started, wants
 from .prompts import chat_template, end_ids
 
 # %% ../nbs/04_model.ipynb #03-005
@@ -63,6 +64,9 @@ def load_model(
     "Load a causal language model from safetensors, without remote code; raises `Refused`."
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM
+    if device_map is not None and started() > 1:
+        raise Refused(f'device_map is {device_map!r}, and {started()} processes were started: a model is either spread '
+                      'over devices or copied to processes; leave one of them out')
     model = _load(AutoModelForCausalLM.from_pretrained, model_id, device_map=device_map, dtype=dtype,
                   trust_remote_code=trust_remote_code, use_safetensors=True)
     if device_map is None:
@@ -510,21 +514,29 @@ class Place:
     dtype:torch.dtype  # of the matrix products and of frozen weights: bf16 or fp32
     processes:int = 1  # that train together
     rank:int = 0  # of this one; the first one writes
+    sharded:bool = False  # their weights are spread over them (FSDP), not copied (DDP)
 
 # %% ../nbs/04_model.ipynb #3bfbb87d
 def settle(
     dtype:str='auto',  # `auto`, `bf16` or `fp32`
 )->Place:  # device, dtype, processes and rank
     "Settle device, precision and processes, by accelerate's state; raises `Refused` where a run cannot be right."
-    processes = int(os.environ.get('WORLD_SIZE') or 1)
-    if processes > 1:
-        raise Refused(f'{processes} processes: this version trains in one; start it without torchrun or accelerate')
+    check_launch()
+    n, gpus = started(), torch.cuda.device_count()
+    if n > 1 and gpus and int(os.environ['LOCAL_RANK']) >= gpus:
+        raise Refused(f'process {os.environ["RANK"]} has no GPU of its own: {gpus} visible; start as many as there are')
+    if n == 1 and gpus > 1:
+        raise Refused(f'{gpus} GPUs are visible and one process uses one; start torchrun --nproc-per-node {gpus} -m '
+                      'alpaca_ft train, or set CUDA_VISIBLE_DEVICES=0')
+    connect()
     from accelerate import PartialState
-    device = PartialState().device
-    if device.type == 'cuda' and torch.cuda.device_count() > 1:
-        raise Refused(f'{torch.cuda.device_count()} GPUs are visible and a run uses one; set CUDA_VISIBLE_DEVICES=0')
+    device = PartialState(cpu=n > 1 and alone_on_cpu()).device
+    if processes() != n:
+        raise Refused(f'{n} processes were started, but on {device.type} a run has one; start it without torchrun or '
+                      'accelerate')
     known = dict(bf16=torch.bfloat16, fp32=torch.float32)
-    return Place(device, known.get(dtype) or compute_dtype(device))
+    sharded = wants('ACCELERATE_USE_FSDP')
+    return Place(device, known.get(dtype) or compute_dtype(device), processes(), rank(), sharded)
 
 # %% ../nbs/04_model.ipynb #4417bd63
 def share(
@@ -666,9 +678,14 @@ class Tail(nn.Module):
                 layer.register_forward_pre_hook(_without_states if i else _enter, with_kwargs=True)
         if attention and attention.name:
             self.model.set_attn_implementation(attention.name)
-        self.names = {p: names[p] for p in self.model.parameters()}  # each parameter's name in the whole model
+        self.whole = {own: names[p] for own, p in self.model.named_parameters()}  # names here: in the whole model
         self.trains = {name for p, name in self.names.items() if p.requires_grad}  # some may rest for a while
         self.config = self.model.config
+
+    @property
+    def names(self):
+        "Each parameter's name in the whole model."
+        return {p: self.whole[own] for own, p in self.model.named_parameters()}
 
     @property
     def head(self):
@@ -677,7 +694,7 @@ class Tail(nn.Module):
 
     def trained(self):
         "The parameters that train, by their names in the whole model."
-        return {self.names[p]: p for p in self.parameters() if self.names[p] in self.trains}
+        return {name: p for p, name in self.names.items() if name in self.trains}
 
     def inputs(self, position_ids, document_lengths, input_ids=None, kept_states=None):
         "The arguments of the model's own forward pass, and where documents went if they have rows of their own."

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, TrainerCallback
 from .data import Refused
 from .files import append_jsonl, read_jsonl
 from .model import autocast
+from .processes import each_does, everyone, is_first, processes, rank
 from .prompts import chat_template, create_prompt_no_answer, end_ids, is_alpaca, prompt_ids, turns_of
 
 # %% ../nbs/06_sampling.ipynb #05-009
@@ -253,26 +254,33 @@ class LLMSampleCB(TrainerCallback):
         "Generate for every prompt; a step that was sampled before is not sampled again."
         if any(r['step'] == step for r in self.rows):
             return []
-        with self.use_model() as model:
-            self.gen_config = generation_config(model, self.tokenizer, self.max_new_tokens)
-            answers = generate_all(self.prompts, model, self.tokenizer, self.max_new_tokens)
-        rows = []
+        shares, n, rows = everyone(each_does(self.answer, self.prompts[rank()::processes()])), processes(), []
+        answers = [shares[i % n][i//n] for i in range(len(self.prompts))]
         for prompt, answer, row in zip(self.prompts, answers, self.sample_dataset):
             rows.append(dict(step=step, prompt=prompt, generation=answer['text'], reference=row['output'],
                              tokens=answer['tokens'], stopped=answer['stopped']))
         return rows
 
+    def answer(self,
+        prompts:list,  # those of this process: where there are several, they share the work
+    )->list:  # see `generate_all`
+        "Generate."
+        with self.use_model() as model:
+            self.gen_config = generation_config(model, self.tokenizer, self.max_new_tokens)
+            return generate_all(prompts, model, self.tokenizer, self.max_new_tokens)
+
     def log_generations_table(self,
         state,  # TrainerState
     ):
-        "Sample, then write, show and log what came out. On every process generation runs; the first one reports."
+        "Sample, then write, show and log what came out. Every process generates its share; the first one reports."
         try:
             new = self.sample(state.global_step)
         except Exception as e:  # files that are gone, a model that cannot generate: no reason to lose the training
             why = ' '.join(str(e).split())[:200]
             if isinstance(e, MemoryError) or 'memory' in why:
                 raise  # there is advice for that
-            print(f'samples of step {state.global_step} are left out ({why})', file=sys.stderr)
+            if is_first():
+                print(f'samples of step {state.global_step} are left out ({why})', file=sys.stderr)
             return
         self.rows += new
         if not new or not state.is_world_process_zero:
