@@ -67,6 +67,8 @@ class RunConfig:
     n_samples:int = option(10, 'evaluation rows that the model answers before training and at each evaluation', least=0)
     max_new_tokens:int = option(64, 'tokens in such an answer, at most', least=1)
     skip_bad_rows:bool = option(False, 'leave unusable rows out, and count them, instead of refusing the file')
+    near_duplicates:float = option(None, 'count rows that have so large a share of their three-word phrases in common '
+                                   'with another, as in 0.8 (needs alpaca_ft[near]); none: not counted', least=0.1)
     dtype:str = option('auto', '`auto`: bf16 products where the hardware is fast at them; `bf16` or `fp32`',
                        choices=('auto', 'bf16', 'fp32'))
     activation_checkpointing:bool = option(False, "recompute the trained layers' activations: less memory, "
@@ -191,6 +193,8 @@ def check_options(
         parse_columns(cfg.columns)
     except ValueError as e:
         raise Refused(str(e)) from None
+    if cfg.near_duplicates and cfg.near_duplicates > 1:
+        raise Refused(f'near_duplicates is {cfg.near_duplicates}; it is a share of phrases, so give 0.1 to 1')
     if cfg.warmup > 1:
         raise Refused(f'warmup is {cfg.warmup}; it is a part of the steps, so give 0 to 1')
     if cfg.batch_size % cfg.micro_batch_size:

@@ -256,6 +256,9 @@ def preflight_lines(
     if r.get('eval_in_train'):
         lines.append(f"warning   {r['eval_in_train']} of the evaluation rows are training rows too; the held-out loss "
                      'is too good by them')
+    if near := r.get('near_duplicates'):
+        lines.append(f"near      {near['train']:,} training rows nearly repeat an earlier one, {near['eval']:,} evaluation "
+                     f"rows a training row ({near['threshold']:.0%} of their phrases or more)")
     if 'steps' in r:
         lines.append(f"steps     {r['steps']:,} ({r['steps_per_epoch']:,} an epoch), {r['warmup_steps']} of them "
                      f"warm-up, evaluation every {r['eval_every']:,}")

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
                                    lost, memory_advice, read_state, shorter_log, tidy)
 from .checkpoints import Stopped  # importable from here, as ever
-from .data import Refused, shared_rows
+from .data import Refused, check_near, near_duplicates, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
@@ -71,6 +71,7 @@ def train(
     "Fine-tune as the options say and leave a run folder; raises `Refused`, `Diverged`, `Stopped` or `Failed`."
     place = settle(cfg.dtype)
     check_tracking(cfg)
+    check_near(cfg.near_duplicates)
     with run_folder(cfg) as out:
         run = prepare(cfg, place)
         run.out = out
@@ -197,6 +198,8 @@ def pack_rows(
                       'give others as --eval-data')
     run.report.update(rows_refused=len(bad), why_refused=list(bad[:20]), eval_in_train=both, train=reports['train'],
                       eval=reports['test'], packing=run.train['seq_lengths'][:8], **plan(len(run.train), run.cfg))
+    if run.cfg.near_duplicates is not None:
+        run.report['near_duplicates'] = near_duplicates(run.rows['train'], run.rows['test'], run.cfg.near_duplicates)
 
 # %% ../nbs/16_run.ipynb #16-028
 def check_fit(
@@ -395,6 +398,7 @@ def check(
     "Everything of a run short of the first step; nothing is written. Raises `Refused`."
     place = settle(cfg.dtype)
     check_tracking(cfg)
+    check_near(cfg.near_duplicates)
     check_out(cfg)
     unknown = []
     if cfg.model == 'demo' or Path(cfg.model).is_dir():
