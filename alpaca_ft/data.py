@@ -450,7 +450,7 @@ class _Near:
     def __init__(self, ds, threshold):
         from datasketch import MinHashLSH
         self.ds, self.threshold = ds, threshold
-        self.index = MinHashLSH(.85*threshold, weights=(.1, .9))  # finds too many rather than too few: they are compared
+        self.index = MinHashLSH(.85*threshold, weights=(.1, .9))  # finds too many, which are compared
 
     def sketch(self, found):
         "The 128 numbers of a set of phrases."

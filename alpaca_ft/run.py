@@ -37,7 +37,7 @@ from .prefix import (WholeModel, decide, packed_lengths, states_in_memory, state
                      why_no_states, with_row_numbers)
 from .prompts import tokenize, use_template
 from .report import ReportCB, preflight_lines
-from .sampling import LLMSampleCB, show_row
+from .sampling import LLMSampleCB, in_colour, row_documents, show_row
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
 from .trainer import Metrics, PackedLoss, Rotate, StopAtNaN, StepCollator, make_trainer, on_device, quiet
@@ -198,6 +198,8 @@ def pack_rows(
                       'give others as --eval-data')
     run.report.update(rows_refused=len(bad), why_refused=list(bad[:20]), eval_in_train=both, train=reports['train'],
                       eval=reports['test'], packing=run.train['seq_lengths'][:8], **plan(len(run.train), run.cfg))
+    some = run.train.select(range(min(2, len(run.train))))
+    run.report['documents'] = [row_documents(row, run.tokenizer, run.cfg.loss_on) for row in some]
     if run.cfg.near_duplicates is not None:
         run.report['near_duplicates'] = near_duplicates(run.rows['train'], run.rows['test'], run.cfg.near_duplicates)
 
@@ -409,7 +411,7 @@ def check(
     print('\n'.join(preflight_lines(report) + notes(run) + [f'unknown   {u}' for u in unknown]))
     for i in range(min(show, len(run.train) if run.train else 0)):
         print(f'\nrow {i} of {len(run.train)}')
-        print(show_row(run.train[i], run.tokenizer, cfg.loss_on, color=sys.stdout.isatty()))
+        print(show_row(run.train[i], run.tokenizer, cfg.loss_on, in_colour(sys.stdout)))
     return report
 
 # %% ../nbs/16_run.ipynb #16-061
@@ -433,6 +435,7 @@ def prepare_shape(
     try:
         run.rows, bad = load_rows(cfg)
         run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+        use_template(run.tokenizer, cfg.template)
         pack_rows(run, bad)
     except Refused as e:
         unknown.append(f'rows, tokens, fill and truncation: {e}')

@@ -210,3 +210,30 @@ def test_chat_keeps_bos(tiny, tokenizer, tmp_path, monkeypatch, capsys):
     use.chat('any', 8)
     assert 'forgotten' in capsys.readouterr().out and len(asked) == 3
     assert [(a[0], a.count(0)) for a in asked] == [(0, 1)]*3
+
+
+def shown_on_a_terminal(argv, **env):
+    "What the command prints on a real terminal."
+    pid, fd = pty.fork()
+    if not pid: os.execve(sys.executable, [sys.executable, '-m', 'alpaca_ft', *map(str, argv)], {k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm') | env)
+    seen = b''
+    while select.select([fd], [], [], 120)[0]:
+        try: part = os.read(fd, 65536)
+        except OSError: break  # Linux says so where the other end was closed
+        if not part: break
+        seen += part
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, seen
+    return seen.decode()
+
+
+def test_colour(tiny, rows):
+    "Green for what is learnt on a terminal; brackets in a pipe, with NO_COLOR and on a dumb terminal."
+    argv = ['check', '--model', tiny, '--data', rows, '--n-freeze', 2, '--seq-len', 256, '--loss-on', 'response', '--show', 1]
+    seen = shown_on_a_terminal(argv)
+    assert '--- document 1 of ' in seen and '\x1b[32m' in seen and '\x1b[2mBelow is' in seen and '⟦' not in seen
+    for env in (dict(NO_COLOR='1'), dict(TERM='dumb')):
+        seen = shown_on_a_terminal(argv, **env)
+        assert '⟦' in seen and '\x1b[3' not in seen and '\x1b[2m' not in seen
+    piped = subprocess.run([sys.executable, '-m', 'alpaca_ft', *map(str, argv)], capture_output=True, text=True, env=os.environ | dict(TERM='xterm'))
+    assert piped.returncode == 0 and '⟦' in piped.stdout and '\x1b' not in piped.stdout
