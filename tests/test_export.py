@@ -355,8 +355,11 @@ def test_served(served):
 
 
 def test_served_with_input(served):
-    "OpenAI's messages have no field for an input, and the server leaves ours out; the prompt itself goes to /v1/completions."
+    "OpenAI's messages have no field for an input, and the server leaves ours out; a system message is it, or the prompt itself goes to /v1/completions."
     client, name = served
     row = FEW[8]
     text = client.completions.create(model=name, prompt=create_prompt_no_answer(row)['text'], max_tokens=40).choices[0]
     assert (text.text, text.finish_reason) == (answers(load_model(name, dtype=torch.float32), load_tokenizer(name), [row])[0], 'stop')
+    asked = [dict(role='system', content=row['input']), dict(role='user', content=row['instruction'])]
+    chat = client.chat.completions.create(model=name, messages=asked, max_tokens=40).choices[0]
+    assert (chat.message.content, chat.finish_reason) == (text.text, 'stop')

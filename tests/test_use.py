@@ -38,7 +38,10 @@ def test_template(tokenizer, bos):
         assert t.apply_chat_template(ask, return_dict=False) == t(prompt)['input_ids']
     two = [dict(role='user', content='a'), dict(role='assistant', content='b'), dict(role='user', content='c')]
     assert t.apply_chat_template(two, tokenize=False).count('<s>') == bos and 'b</s>Below' in t.apply_chat_template(two, tokenize=False)
-    with pytest.raises(Exception, match='user and assistant'): t.apply_chat_template([dict(role='system', content='x')], tokenize=False)
+    row = next(r for r in load_alpaca()['train'] if r['input'])
+    said = [dict(role='system', content=row['input']), dict(role='user', content=row['instruction'])]
+    assert t.apply_chat_template(said, return_dict=False) == t(create_prompt_no_answer(row)['text'])['input_ids']  # a system message is the input
+    with pytest.raises(Exception, match='system, user and assistant'): t.apply_chat_template([dict(role='tool', content='x')], tokenize=False)
 
 
 def test_saved_template(done):
@@ -237,3 +240,33 @@ def test_colour(tiny, rows):
         assert '⟦' in seen and '\x1b[3' not in seen and '\x1b[2m' not in seen
     piped = subprocess.run([sys.executable, '-m', 'alpaca_ft', *map(str, argv)], capture_output=True, text=True, env=os.environ | dict(TERM='xterm'))
     assert piped.returncode == 0 and '⟦' in piped.stdout and '\x1b' not in piped.stdout
+
+
+def test_export_that_fails(done, here, monkeypatch):
+    "An error in the middle, or Ctrl-C, leaves no half-written folder."
+    from alpaca_ft import use
+    for error in (OSError('No space left on device'), KeyboardInterrupt()):
+        def fail(*args): raise error
+        monkeypatch.setattr(use, 'check_written', fail)
+        with pytest.raises(type(error)): use.export(done.out, 'handed')
+        assert os.listdir() == []
+
+
+def test_sample_of_chats(done, here, command):
+    "A chat comes back as a list of turns, without the place of the answer; a prompt without one."
+    turns = [dict(role='user', content='Hi.'), dict(role='assistant', content='Hello.'), dict(role='user', content='Name a tree.')]
+    rows = [dict(messages=turns), dict(messages=turns + [dict(role='assistant', content='Oak.')]), dict(prompt='Name a bird.'), dict(messages=turns[:1])]
+    (here/'ask.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    code, out, err = command('sample', done.out, '--file', 'ask.jsonl', '--max-new-tokens', 4)
+    assert code == 0, err
+    got = [json.loads(l) for l in out.splitlines()]
+    assert [r.get('messages') for r in got] == [turns, turns + [dict(role='assistant', content='Oak.')], None, None]
+    assert [r.get('output') for r in got] == [None, 'Oak.', None, None] and [r['instruction'] for r in got] == ['Name a tree.', 'Name a tree.', 'Name a bird.', 'Hi.']
+
+
+def test_system_message_in_the_alpaca_template(done, here, command):
+    "As the input where a server asks; refused in training, where it would be a guess."
+    chats = [dict(messages=[dict(role='system', content='Be brief.'), dict(role='user', content='Hi.'), dict(role='assistant', content='Hello.')])]*12
+    (here/'chats.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in chats))
+    code, out, err = command('check', '--model', done.out/'model', '--data', 'chats.jsonl', '--seq-len', 256, '--n-freeze', 2)
+    assert code == 2 and len(err.splitlines()) == 1 and 'user and assistant messages only' in err, err
