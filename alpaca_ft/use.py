@@ -30,7 +30,7 @@ from .prompts import (chat_template, create_prompt_no_answer, is_alpaca, prompt_
                               prompt_no_input)
 from .report import facts
 from .sampling import as_found, fit_prompt, generate_all, generation_config, visible
-from .tracking import finish_wandb, log_folder, start_wandb
+from .tracking import evaluation_of, finish_wandb, log_folder, start_wandb
 from .trainer import quiet
 
 # %% ../nbs/17_use.ipynb #17-006
@@ -473,7 +473,7 @@ def export(
     if where == 'hub':
         push_to_hub(to, target)
     if where == 'wandb':
-        push_to_wandb(to, target, config['project'], precision)
+        push_to_wandb(to, target, config['project'], precision, evaluation_of(run))
     size = sum(f.stat().st_size for f in to.iterdir())/1e6
     return f'{to}: {size:,.1f} MB, {precision}' + (f'; {push}' if push else '')
 
@@ -498,8 +498,9 @@ def push_to_wandb(
     name:str,  # of the artifact
     project:str,  # W&B's project
     dtype:str,  # of the weights
+    evaluation:dict,  # see `evaluation_of`
 )->None:
     "Send a folder to Weights & Biases."
     w = start_wandb(f'export-{folder.name}', str(folder.parent), project, job_type='export')
-    log_folder(w, name, folder, 'model', dtype=dtype)
+    log_folder(w, name, folder, 'model', dtype=dtype, evaluation=evaluation)
     finish_wandb(w)
