@@ -385,7 +385,8 @@ def ollama_chat_template(
         before, behind, *rest = written_around(tokenizer, ('system', 'user', 'assistant', 'user'))
         if rest != [ask, following, ask]:
             raise Refused('the template writes turns in another way behind a system message')
-        start = '{{ if .System }}' + before.removeprefix(bos) + '{{ .System }}' + behind + '{{ else }}' + start + '{{ end }}'
+        with_system = before.removeprefix(bos) + '{{ .System }}' + behind
+        start = '{{ if .System }}' + with_system + '{{ else }}' + start + '{{ end }}'
     except Refused:
         before, behind = '', ''  # it takes none, so what is given as system message is left out
     if any(mark in text for mark in ('{{', '"""') for text in (head, before, behind, ask, following)):

@@ -276,8 +276,8 @@ def chosen_layers(
         low, _, high = cfg.layers.partition('-')
         low, high = int(low), int(high or low)
         if not low <= high < n:
-            raise Refused(f'layers is {cfg.layers}, but the layers of {name} are 0 to {n - 1}; '
-                          'give the lower number first')
+            remedy = 'give the lower number first' if low > high else 'give two of these numbers'
+            raise Refused(f'layers is {cfg.layers}, but the layers of {name} are 0 to {n - 1}; {remedy}')
         return list(range(low, high + 1))
     n_freeze = 0.75 if cfg.n_freeze == 'auto' else cfg.n_freeze
     if isinstance(n_freeze, float):
