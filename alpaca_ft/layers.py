@@ -253,7 +253,7 @@ def small_enough(
     model_id:str,  # `demo`, a folder, or a hub id
     place:Place,  # device
 )->bool:
-    "Whether a model fits, however it is trained: weights, gradients, optimizer in fp32 are at most eight times its files."
+    "Whether a model fits, however it is trained: all of it in fp32 is at most eight times its files."
     folder = model_folder(model_id)
     if folder is None:
         return False

@@ -1,7 +1,6 @@
 "Several processes: the same run as in one, whoever is killed, told to stop or refused."
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +12,28 @@ import pytest
 import matrix
 import several
 
-COMMON = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 4, '--dtype', 'fp32', '--lr', '1e-3', '--max-steps', 6, '--eval-every', 3,
-          '--n-samples', 3, '--max-new-tokens', 4, '--prefix-cache', 'off']
+COMMON = [
+    '--n-freeze',
+    2,
+    '--seq-len',
+    256,
+    '--batch-size',
+    4,
+    '--dtype',
+    'fp32',
+    '--lr',
+    '1e-3',
+    '--max-steps',
+    6,
+    '--eval-every',
+    3,
+    '--n-samples',
+    3,
+    '--max-new-tokens',
+    4,
+    '--prefix-cache',
+    'off',
+]
 
 
 @pytest.fixture(scope='module')
@@ -94,7 +113,8 @@ def test_shares_that_differ(argv):
 
 
 def test_states_are_shared(argv):
-    "Each computes a share; one file serves both, and the next run in any number of processes; a damaged one is made anew."
+    """Each computes a share; one file serves both, and the next run in any number of processes; a damaged one is made
+    anew."""
     more = ['--prefix-cache', 'disk', '--n-samples', 0, '--max-steps', 3]
     good(*several.run(1, argv('off', '--n-samples', 0, '--max-steps', 3)))
     codes, logs = several.run(2, argv('made', *more))

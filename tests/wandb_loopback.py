@@ -1,6 +1,8 @@
-"""A server on this machine that gives wandb's client what it asks for when an artifact is downloaded: a client
-contract, not W&B."""
+"""Servers on this machine that give wandb's client what it asks for when an artifact is downloaded, or a run is sent:
+a client contract, not W&B."""
+
 import base64
+import gzip
 import hashlib
 import http.server
 import json
@@ -78,3 +80,157 @@ class Server(http.server.ThreadingHTTPServer):
                     FetchArtifactManifest=dict(artifact=dict(currentManifest=dict(file=file))),
                     GetArtifactMembershipFileUrls=dict(project=dict(artifactCollection=collection)),
                     GetArtifactFileUrls=dict(artifact=dict(files=urls)))
+
+
+class ReceivingHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+
+    def answer(self, body=b'{}'):
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self):
+        raw = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        return gzip.decompress(raw) if self.headers.get('Content-Encoding') == 'gzip' else raw
+
+    def do_GET(self): self.answer()
+
+    def do_PUT(self):
+        self.server.put[self.path.removeprefix('/put/')] = self.body()
+        self.answer(b'')
+
+    def do_POST(self):
+        s, raw = self.server, self.body()
+        if self.path.endswith('/file_stream'):
+            run = s.runs.setdefault(self.path.split('/')[-2], {})
+            for name, part in (json.loads(raw).get('files') or {}).items():
+                lines = run.setdefault(name, [])
+                s.offsets.append((name, part['offset'], len(lines)))
+                lines[part['offset']:] = part['content']
+            return self.answer(b'{"limits": {}}')
+        query = json.loads(raw)
+        op = re.search(r'(?:query|mutation)\s+(\w+)', query['query'])[1]
+        v = query.get('variables') or {}
+        s.seen.append((op, v))
+        data = s.answer_to(op, v, v.get('input') or {})
+        self.answer(
+            json.dumps(
+                dict(data=data) if data is not None else dict(errors=[dict(message=f'unexpected {op}')])
+            ).encode()
+        )
+
+    def log_message(self, *args): pass
+
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """What `wandb sync` sends: `runs` {id: {file: lines}}, `put` {path: bytes}, `artifacts` {name: what was asked
+    for}, `committed`."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), ReceivingHandler)
+        self.url, self.seen, self.runs, self.put, self.artifacts, self.committed, self.offsets = (
+            f'http://127.0.0.1:{self.server_port}',
+            [],
+            {},
+            {},
+            {},
+            [],
+            [],
+        )
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def answer_to(self, op, v, given):
+        if op == 'ServerFeaturesQuery':
+            return dict(serverInfo=dict(features=[]))
+        if op == 'Viewer':
+            return dict(viewer=dict(id='u', entity='me', username='me', email='', flags='{}', teams=dict(edges=[])))
+        if op == 'UpsertBucket':
+            project = dict(id='p', name=v['project'], entity=dict(id='e', name='me'))
+            return dict(
+                upsertBucket=dict(
+                    inserted=v['name'] not in self.runs,
+                    bucket=dict(
+                        id='b',
+                        name=v['name'],
+                        displayName=v['displayName'] or v['name'],
+                        description='',
+                        config='{}',
+                        sweepName=None,
+                        project=project,
+                        historyLineCount=0,
+                    ),
+                )
+            )
+        if op == 'RunResumeStatus':
+            return self.resume_status(v)
+        if op == 'CreateRunFiles':
+            return dict(
+                createRunFiles=dict(
+                    runID='b',
+                    uploadHeaders=[],
+                    files=[dict(name=f, uploadUrl=f"{self.url}/put/{v['run']}/{f}") for f in v['files']],
+                )
+            )
+        if op == 'CreateArtifact':
+            name = given['artifactCollectionName']
+            self.artifacts[name] = given
+            return dict(
+                createArtifact=dict(artifact=dict(id=name, state='PENDING', artifactSequence=dict(latestArtifact=None)))
+            )
+        if op == 'CreateArtifactManifest':
+            return dict(
+                createArtifactManifest=dict(
+                    artifactManifest=dict(
+                        id=v['artifactID'],
+                        file=dict(id='f', uploadUrl=f"{self.url}/put/{v['artifactID']}/manifest", uploadHeaders=[]),
+                    )
+                )
+            )
+        if op == 'CreateArtifactFiles':
+            nodes = [
+                dict(
+                    node=dict(
+                        storagePath=f['name'],
+                        uploadUrl=f"{self.url}/put/{f['artifactID']}/{f['name']}",
+                        uploadHeaders=[],
+                        uploadMultipartUrls=None,
+                        artifact=dict(id=f['artifactID']),
+                    )
+                )
+                for f in given['artifactFiles']
+            ]
+            return dict(createArtifactFiles=dict(files=dict(edges=nodes)))
+        if op == 'CommitArtifact':
+            self.committed.append(v['artifactID'])
+            return dict(commitArtifact=dict(artifact=dict(id=v['artifactID'], digest='d')))
+
+    def resume_status(self, v):
+        run = self.runs.get(v.get('name'))
+        if run is None:
+            return dict(model=None)
+        history, events = run.get('wandb-history.jsonl', []), run.get('wandb-events.jsonl', [])
+        return dict(
+            model=dict(
+                id='p',
+                name=v['project'],
+                entity=dict(id='e', name='me'),
+                bucket=dict(
+                    id='b',
+                    name=v['name'],
+                    summaryMetrics='{}',
+                    displayName=v['name'],
+                    logLineCount=0,
+                    historyLineCount=len(history),
+                    eventsLineCount=len(events),
+                    historyTail=json.dumps(history[-1:]),
+                    eventsTail=json.dumps(events[-1:]),
+                    config='{}',
+                    tags=[],
+                    wandbConfig='{"t": 1}',
+                ),
+            )
+        )
