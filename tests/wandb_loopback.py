@@ -144,69 +144,43 @@ class Receiver(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def answer_to(self, op, v, given):
-        if op == 'ServerFeaturesQuery':
-            return dict(serverInfo=dict(features=[]))
-        if op == 'Viewer':
-            return dict(viewer=dict(id='u', entity='me', username='me', email='', flags='{}', teams=dict(edges=[])))
+        "The answer to a query or mutation, or None."
+        if op in ('ServerFeaturesQuery', 'Viewer'):
+            viewer = dict(id='u', entity='me', username='me', email='', flags='{}', teams=dict(edges=[]))
+            return dict(serverInfo=dict(features=[]), viewer=viewer)
         if op == 'UpsertBucket':
             project = dict(id='p', name=v['project'], entity=dict(id='e', name='me'))
-            return dict(
-                upsertBucket=dict(
-                    inserted=v['name'] not in self.runs,
-                    bucket=dict(
-                        id='b',
-                        name=v['name'],
-                        displayName=v['displayName'] or v['name'],
-                        description='',
-                        config='{}',
-                        sweepName=None,
-                        project=project,
-                        historyLineCount=0,
-                    ),
-                )
-            )
+            bucket = dict(id='b', name=v['name'], displayName=v['displayName'] or v['name'], description='',
+                          config='{}', sweepName=None, project=project, historyLineCount=0)
+            return dict(upsertBucket=dict(inserted=v['name'] not in self.runs, bucket=bucket))
         if op == 'RunResumeStatus':
             return self.resume_status(v)
         if op == 'CreateRunFiles':
-            return dict(
-                createRunFiles=dict(
-                    runID='b',
-                    uploadHeaders=[],
-                    files=[dict(name=f, uploadUrl=f"{self.url}/put/{v['run']}/{f}") for f in v['files']],
-                )
-            )
+            files = [dict(name=f, uploadUrl=f"{self.url}/put/{v['run']}/{f}") for f in v['files']]
+            return dict(createRunFiles=dict(runID='b', uploadHeaders=[], files=files))
+        return self.artifact_answer(op, v, given)
+
+    def artifact_answer(self, op, v, given):
+        "The same for artifacts: each is made, gets a manifest and files, and is committed."
         if op == 'CreateArtifact':
             name = given['artifactCollectionName']
             self.artifacts[name] = given
-            return dict(
-                createArtifact=dict(artifact=dict(id=name, state='PENDING', artifactSequence=dict(latestArtifact=None)))
-            )
+            made = dict(id=name, state='PENDING', artifactSequence=dict(latestArtifact=None))
+            return dict(createArtifact=dict(artifact=made))
         if op == 'CreateArtifactManifest':
-            return dict(
-                createArtifactManifest=dict(
-                    artifactManifest=dict(
-                        id=v['artifactID'],
-                        file=dict(id='f', uploadUrl=f"{self.url}/put/{v['artifactID']}/manifest", uploadHeaders=[]),
-                    )
-                )
-            )
+            file = dict(id='f', uploadUrl=f"{self.url}/put/{v['artifactID']}/manifest", uploadHeaders=[])
+            return dict(createArtifactManifest=dict(artifactManifest=dict(id=v['artifactID'], file=file)))
         if op == 'CreateArtifactFiles':
-            nodes = [
-                dict(
-                    node=dict(
-                        storagePath=f['name'],
-                        uploadUrl=f"{self.url}/put/{f['artifactID']}/{f['name']}",
-                        uploadHeaders=[],
-                        uploadMultipartUrls=None,
-                        artifact=dict(id=f['artifactID']),
-                    )
-                )
-                for f in given['artifactFiles']
-            ]
+            nodes = []
+            for f in given['artifactFiles']:
+                url = f"{self.url}/put/{f['artifactID']}/{f['name']}"
+                nodes.append(dict(node=dict(storagePath=f['name'], uploadUrl=url, uploadHeaders=[],
+                                            uploadMultipartUrls=None, artifact=dict(id=f['artifactID']))))
             return dict(createArtifactFiles=dict(files=dict(edges=nodes)))
         if op == 'CommitArtifact':
             self.committed.append(v['artifactID'])
             return dict(commitArtifact=dict(artifact=dict(id=v['artifactID'], digest='d')))
+        return None
 
     def resume_status(self, v):
         run = self.runs.get(v.get('name'))
