@@ -408,8 +408,8 @@ def legs(path):
 def test_question_and_answer(tiny, here, command):
     "A file with other names, from the first refusal to a talk with the model, each command as it is typed."
     legs('qa.jsonl')
-    args = ['--model', tiny, '--data', 'qa.jsonl', '--n-freeze', 2, '--seq-len', 256, '--loss-on', 'response', '--dtype',
-            'fp32']
+    args = ['--model', tiny, '--data', 'qa.jsonl', '--n-freeze', 2, '--seq-len', 256, '--loss-on', 'response',
+            '--dtype', 'fp32']
     code, out, err = command('check', *args)
     told = 'row 1: instruction is missing; give --columns instruction=question,output=answer (200 bad of 200'
     assert code == 2 and told in err, err
