@@ -81,25 +81,28 @@ def answers():
 
 # ---- chapter 02: which tokens count ----
 
-MASKED = [('###', 0), (' Response', 0), (':', 0), ('\\n', 0), ('Jup', 1), ('iter', 1), ('.', 1), ('<|im_end|>', 2)]
+# the demo model's tokens of the end of "Which planet is closest to the sun?"; 0 prompt, 1 response, 2 end
+MASKED = [('###', 0), (' Response', 0), (':', 0), ('\\n', 0), ('M', 1), ('ercury', 1), (',', 1), (' which', 1),
+          (' is', 1), (' also', 1), (' the', 1), (' smallest', 1), (' planet', 1), ('.', 1), ('<|im_end|>', 2)]
 
 
 def masked():
     "The end of one example: prompt, response, and the end token, with the two losses below."
-    parts, x, width = [words(16, 24, '... Name the largest planet of the solar system. ...', 'small mono')], 130, 84
-    kinds = ('frozen', 'trains', 'end')
+    parts = [words(16, 24, '... ### Instruction:\\nWhich planet is closest to the sun?\\n\\n', 'small mono')]
+    x, kinds = 100, ('frozen', 'trains', 'end')
     for text, kind in MASKED:
-        parts.append(box(x, 40, width - 4, 28, kinds[kind], text, 'small mono'))
-        x += width
-    for y, name, first in ((82, 'loss on all', 0), (106, 'on responses', 1)):
-        parts.append(words(16, y + 13, name, 'small'))
-        for i, (_, kind) in enumerate(MASKED):
+        width = 7*len(text) + 14
+        parts.append(box(x, 40, width, 28, kinds[kind], text, 'small mono'))
+        for y, first in ((82, 0), (106, 1)):
             learnt = kind >= first
-            parts.append(box(130 + i*width, y, width - 4, 18, 'kept' if learnt else 'off', 'learnt' if learnt else '-'))
-    parts += [words(130, 148, 'prompt', 'small'), words(130 + 4*width, 148, 'response', 'small'),
-              words(130 + 7*width, 148, 'one end token', 'small')]
-    return svg(820, 162, parts, 'The tokens of one example; with the loss on responses only those of the answer and '
-                                'its end token are learnt, the prompt is masked')
+            parts.append(box(x, y, width, 18, 'kept' if learnt else 'off', '+' if learnt else '-'))
+        if text in ('###', 'M', '<|im_end|>'):
+            parts.append(words(x, 148, {'###': 'prompt', 'M': 'response'}.get(text, 'one end token'), 'small'))
+        x += width + 4
+    parts += [words(16, 95, 'loss on all', 'small'), words(16, 119, 'on responses', 'small'),
+              words(16, 168, '+ is learnt, - is only read', 'small')]
+    return svg(x + 16, 182, parts, 'The tokens of one example; with the loss on responses only those of the answer and '
+                                   'its end token are learnt, the prompt is masked')
 
 
 # ---- chapter 03: documents that share a row ----
