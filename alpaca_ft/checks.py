@@ -89,7 +89,8 @@ EXERCISES |= {
     '02-2': Exercise('how many of the built-in rows change', '591326f98729',
                      'Look at the first character of the answers.',
                      'This tokenizer joins a space to the letter or sign behind it, never to a digit.'),
-    '02-3': Exercise('what `completion_mask` marks, as text, for the response of two newlines and Paris', 'cbac24893e5a',
+    '02-3': Exercise('what `completion_mask` marks, as text, for a response of two newlines and Paris',
+                     'cbac24893e5a',
                      "The prompt's newline and the response's first one become one token.",
                      'A token that starts before the end of the prompt counts as prompt.'),
 }
