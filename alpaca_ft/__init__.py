@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 _modules = dict(
     data='Refused load_alpaca split_alpaca shared_rows read_rows iter_rows row_problem clean_rows write_jsonl '
          'fetch_artifact cache_dir',
+    checks='fingerprint Exercise',
     formats='parse_columns as_row',
     files='append_jsonl read_jsonl read_run',
     processes='processes rank is_first everyone each_does first_does',
