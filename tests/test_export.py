@@ -315,47 +315,44 @@ def go_chat(template, System, Messages):
     return out
 
 
+def chat_tokenizer(name):
+    "The demo's tokenizer with a stock template, and with Llama's BOS where that is what it does."
+    from tokenizers.processors import TemplateProcessing
+    from test_templates import tokenizer_with
+    from alpaca_ft.model import model_folder
+    from alpaca_ft.prompts import use_template
+    tok = tokenizer_with(name, model_folder('demo'))
+    if 'llama' in name:
+        tok.bos_token = bos = '<|begin_of_text|>'
+        first = TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, tok.bos_token_id)])
+        tok.backend_tokenizer.post_processor = first
+    use_template(tok, 'chat')
+    return tok
+
+
 def test_modelfile_of_chat_templates(here):
     """For the stock templates of Llama, Qwen and others: what Ollama sends is what the model was trained with, BOS
     once; run by Go where it is here."""
-    from test_templates import STOCK, tokenizer_with
+    from test_templates import STOCK
     from alpaca_ft.gguf_file import begins_with_bos
-    from alpaca_ft.model import model_folder
-    from alpaca_ft.prompts import row_prompt, use_template
-    demo, asked, want = model_folder('demo'), [], []
-    turns = [
-        dict(role=r, content=c)
-        for r, c in (('user', 'Name a fruit.'), ('assistant', 'An apple.'), ('user', 'Another one?'))
-    ]
-    for name, with_system in dict(
-        llama3=True, llama3_1=True, llama3_2=True, qwen2_5=True, qwen3=True, phi3=True, gemma=False
-    ).items():
+    from alpaca_ft.prompts import row_prompt
+    asked, want = [], []
+    said = (('user', 'Name a fruit.'), ('assistant', 'An apple.'), ('user', 'Another one?'))
+    turns = [dict(role=role, content=content) for role, content in said]
+    names = dict(llama3=1, llama3_1=1, llama3_2=1, qwen2_5=1, qwen3=1, phi3=1, gemma=0)  # 1: takes a system message
+    for name, with_system in names.items():
         if not (STOCK/f'{name}.jinja').exists():
             continue
-        tok = tokenizer_with(name, demo)
-        if 'llama' in name:
-            from tokenizers.processors import TemplateProcessing
-            tok.bos_token = '<|begin_of_text|>'
-            tok.backend_tokenizer.post_processor = TemplateProcessing(
-                single='<|begin_of_text|> $A', special_tokens=[('<|begin_of_text|>', tok.bos_token_id)]
-            )
-        use_template(tok, 'chat')
+        tok = chat_tokenizer(name)
         assert begins_with_bos(tok) == ('llama' in name)
-        text = modelfile('m.gguf', tok, 512)
-        said = dict(parse_modelfile(text))
+        template = dict(parse_modelfile(modelfile('m.gguf', tok, 512)))['TEMPLATE']
         for chat in [turns[:1], turns] + [[dict(role='system', content='Be brief.'), *turns]]*with_system:
-            prompt = row_prompt(
-                dict(instruction='', messages=json.dumps([*chat, dict(role='assistant', content='-')])), tok
-            )
+            row = dict(instruction='', messages=json.dumps([*chat, dict(role='assistant', content='-')]))
+            prompt = row_prompt(row, tok)
             want.append(prompt.removeprefix(tok.bos_token) if begins_with_bos(tok) else prompt)
             system = chat[0]['content'] if chat[0]['role'] == 'system' else ''
-            asked.append(
-                dict(
-                    Template=said['TEMPLATE'],
-                    System=system,
-                    Messages=[dict(Role=m['role'], Content=m['content']) for m in chat],
-                )
-            )
+            messages = [dict(Role=m['role'], Content=m['content']) for m in chat]
+            asked.append(dict(Template=template, System=system, Messages=messages))
     assert len(want) > 15
     for one, prompt in zip(asked, want):
         assert go_chat(one['Template'], one['System'], one['Messages']) == prompt
@@ -363,13 +360,8 @@ def test_modelfile_of_chat_templates(here):
         return
     (here/'in.json').write_text(json.dumps(asked))
     (here/'main.go').write_text(GO_CHAT)
-    r = subprocess.run(
-        ['go', 'run', 'main.go'],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | dict(GOCACHE=str(here / 'cache'), GOFLAGS='-mod=mod'),
-    )
+    r = subprocess.run(['go', 'run', 'main.go'], capture_output=True, text=True, timeout=300,
+                       env=os.environ | dict(GOCACHE=str(here/'cache'), GOFLAGS='-mod=mod'))
     assert r.returncode == 0, r.stderr
     assert json.loads(r.stdout) == want
 

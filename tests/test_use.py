@@ -396,66 +396,41 @@ def test_system_message_in_the_alpaca_template(done, here, command):
 ANIMALS = 'cat dog owl fox hen cow pig ant bee elk yak emu cod eel gnu jay koi bat ape ram'.split()
 
 
-def test_question_and_answer(tiny, here, command):
-    """A file with other names, from the first refusal to a talk with the model: 200 made rows, each command as it is
-    typed."""
-    rows = [
-        dict(question=f'How many legs have {n} of the {a}?', answer=f'{n} {a} have {n} times its legs.', source=i)
-        for i, (n, a) in enumerate((n, a) for n in range(2, 12) for a in ANIMALS)
-    ]
+def questions(path):
+    "200 made rows with columns of other names."
+    pairs = [(n, a) for n in range(2, 12) for a in ANIMALS]
+    rows = [dict(question=f'How many legs have {n} of the {a}?', answer=f'{n} {a} have {n} times its legs.', source=i)
+            for i, (n, a) in enumerate(pairs)]
     assert len(rows) == 200
-    (here/'qa.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    args = [
-        '--model',
-        tiny,
-        '--data',
-        'qa.jsonl',
-        '--n-freeze',
-        2,
-        '--seq-len',
-        256,
-        '--loss-on',
-        'response',
-        '--dtype',
-        'fp32',
-    ]
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+
+
+def test_question_and_answer(tiny, here, command):
+    "A file with other names, from the first refusal to a talk with the model: 200 rows, each command as it is typed."
+    questions(here/'qa.jsonl')
+    args = ['--model', tiny, '--data', 'qa.jsonl', '--n-freeze', 2, '--seq-len', 256, '--loss-on', 'response',
+            '--dtype', 'fp32']
     code, out, err = command('check', *args)
-    assert (
-        code == 2
-        and 'row 1: instruction is missing; give --columns instruction=question,output=answer (200 bad of 200' in err
-    ), err
+    why = 'row 1: instruction is missing; give --columns instruction=question,output=answer (200 bad of 200'
+    assert code == 2 and why in err, err
     args += ['--columns', 'instruction=question,output=answer']
     code, out, err = command('check', *args, '--show', 1)
     assert code == 0 and 'train     180 rows' in out and 'eval      20 rows' in out, out + err
     learnt = re.findall('⟦(.*?)⟧', out)
-    assert len(learnt) == out.count('--- document') > 1 and all(
-        re.fullmatch(r'\d+ \w+ have \d+ times its legs\.</s>', text) for text in learnt
-    ), learnt
+    assert len(learnt) == out.count('--- document') > 1
+    assert all(re.fullmatch(r'\d+ \w+ have \d+ times its legs\.</s>', text) for text in learnt), learnt
     assert '### Instruction:\nHow many legs have ' in out and not (here/'run').exists()
-    code, out, err = command(
-        'train', *args, '--out', 'run', '--max-steps', 30, '--lr', 1e-2, '--n-samples', 2, '--max-new-tokens', 12
-    )
+    code, out, err = command('train', *args, '--out', 'run', '--max-steps', 30, '--lr', 1e-2, '--n-samples', 2,
+                             '--max-new-tokens', 12)
     assert code == 0 and 'asked:  How many legs have ' in out, err
-    metrics = [json.loads(l) for l in open('run/metrics.jsonl')]
+    metrics = [json.loads(line) for line in open('run/metrics.jsonl')]
     held_out = [m['eval_response_loss'] for m in metrics if 'eval_response_loss' in m]
     assert held_out[-1] < held_out[0]/2, held_out
-    code, out, err = command(
-        'sample', 'run', '--file', 'qa.jsonl', '--max-new-tokens', 4
-    )  # the names are known from the run
-    got = [json.loads(l) for l in out.splitlines()]
-    assert (
-        code == 0
-        and len(got) == 200
-        and [r['source'] for r in got] == list(range(200))
-        and all(r['generation'] and r['instruction'] == r['question'] and r['output'] == r['answer'] for r in got)
-    ), err
-    r = subprocess.run(
-        [sys.executable, '-m', 'alpaca_ft', 'chat', 'run', '--max-new-tokens', '6'],
-        input='How many legs have 2 of the cat?\nAnd 3?\n/quit\n',
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (
-        r.returncode == 0 and r.stdout.count('> ') == 3 and all(said.strip() for said in r.stdout.split('> ')[1:3])
-    ), r.stdout + r.stderr
+    code, out, err = command('sample', 'run', '--file', 'qa.jsonl', '--max-new-tokens', 4)  # names as in the run
+    got = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [r['source'] for r in got] == list(range(200)), err
+    assert all(r['generation'] and r['instruction'] == r['question'] and r['output'] == r['answer'] for r in got)
+    r = subprocess.run([sys.executable, '-m', 'alpaca_ft', 'chat', 'run', '--max-new-tokens', '6'], text=True,
+                       input='How many legs have 2 of the cat?\nAnd 3?\n/quit\n', capture_output=True, timeout=120)
+    said = r.stdout.split('> ')
+    assert r.returncode == 0 and len(said) == 4 and all(text.strip() for text in said[1:3]), r.stdout + r.stderr
