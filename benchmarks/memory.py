@@ -126,7 +126,8 @@ def measured(folder, model, options, given_back):
                              out=str(folder/'out'), max_steps=2, n_samples=0)
     subprocess.run(['rm', '-rf', str(folder/'out')], check=True)
     command = [sys.executable, __file__, '--child', json.dumps([options, given_back])]
-    r = subprocess.run(command, capture_output=True, text=True, timeout=7200, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    r = subprocess.run(command, capture_output=True, text=True, timeout=7200, env=env)
     for line in r.stdout.splitlines():
         if line.startswith('RESULT '):
             return json.loads(line[7:])
