@@ -275,16 +275,23 @@ def test_near_duplicates():
     assert near_duplicates(Dataset.from_list(chats), Dataset.from_list(chats[:1]), .5)['train'] == 0
 
 
+def animal_rows():
+    "Twelve made rows; none is near another."
+    rows = []
+    for n in 'cat dog owl fox hen cow pig ant bee elk yak emu'.split():
+        rows.append(dict(instruction=f'Say what the {n} does when the {n} is alone.', input='',
+                         output=f'The {n} sits by the {n} house and waits until someone calls the {n} back in.'))
+    return rows
+
+
 def test_near_duplicates_in_a_run(here, tiny, command):
     "Lines of check, and the same in preflight.json; made rows, three of them nearly said before."
     from alpaca_ft import RunConfig, train
-    base = []
-    for n in 'cat dog owl fox hen cow pig ant bee elk yak emu'.split():
-        said = f'The {n} sits by the {n} house and waits until someone calls the {n} back in.'
-        base.append(dict(instruction=f'Say what the {n} does when the {n} is alone.', input='', output=said))
+    base = animal_rows()
     near = [r | dict(output=r['output'] + ' Then it eats.') for r in base[:3]]
-    held = [base[5] | dict(output=base[5]['output'][:-1] + ' now.'), dict(instruction='Count.', input='', output='1.')]
-    for name, rows in dict(train=base + near, eval=held).items():
+    other = [base[5] | dict(output=base[5]['output'][:-1] + ' now.'),
+             dict(instruction='Count.', input='', output='One, two.')]
+    for name, rows in dict(train=base + near, eval=other).items():
         (here/f'{name}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     args = ['--model', tiny, '--data', 'train.jsonl', '--eval-data', 'eval.jsonl', '--n-freeze', 2, '--seq-len', 256]
     code, out, err = command('check', *args, '--near-duplicates', 0.7)
@@ -292,9 +299,9 @@ def test_near_duplicates_in_a_run(here, tiny, command):
             '(70% of their phrases or more)')
     assert code == 0 and said in out, out + err
     assert 'near ' not in command('check', *args)[1]
-    cfg = RunConfig(model=str(tiny), data='train.jsonl', eval_data='eval.jsonl', n_freeze=2, seq_len=256, max_steps=1,
-                    n_samples=0, out='run', near_duplicates=.7)
-    said = json.loads((train(cfg).out/'preflight.json').read_text())['near_duplicates']
+    run = train(RunConfig(model=str(tiny), data='train.jsonl', eval_data='eval.jsonl', n_freeze=2, seq_len=256,
+                          max_steps=1, n_samples=0, out='run', near_duplicates=.7))
+    said = json.loads((run.out/'preflight.json').read_text())['near_duplicates']
     assert (said['threshold'], said['train'], said['eval']) == (.7, 3, 1)
     assert ['eval', base[5]['instruction'], base[5]['instruction']] in said['pairs']
     code, out, err = command('check', *args, '--near-duplicates', 7)

@@ -315,55 +315,55 @@ def go_chat(template, System, Messages):
     return out
 
 
-STOCK_CHATS = dict(llama3=True, llama3_1=True, llama3_2=True, qwen2_5=True, qwen3=True, phi3=True, gemma=False)
-
-
-def stock_tokenizer(name, demo):
-    "The demo's tokenizer with a stock chat template; with Llama's, it begins every text with BOS."
+def chat_tokenizer(name):
+    "The demo's tokenizer with a stock template, and with Llama's BOS where that is what it does."
     from tokenizers.processors import TemplateProcessing
     from test_templates import tokenizer_with
+    from alpaca_ft.model import model_folder
     from alpaca_ft.prompts import use_template
-    tok = tokenizer_with(name, demo)
+    tok = tokenizer_with(name, model_folder('demo'))
     if 'llama' in name:
-        bos = '<|begin_of_text|>'
-        tok.bos_token = bos
-        tok.backend_tokenizer.post_processor = TemplateProcessing(single=f'{bos} $A',
-                                                                  special_tokens=[(bos, tok.bos_token_id)])
+        tok.bos_token = bos = '<|begin_of_text|>'
+        first = TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, tok.bos_token_id)])
+        tok.backend_tokenizer.post_processor = first
     use_template(tok, 'chat')
     return tok
 
 
 def test_modelfile_of_chat_templates(here):
-    """For stock templates of Llama, Qwen and others, Ollama sends what the model was trained with, BOS once; run by Go
-    where it is here."""
+    """For the stock templates of Llama, Qwen and others: what Ollama sends is what the model was trained with, BOS
+    once; run by Go where it is here."""
     from test_templates import STOCK
     from alpaca_ft.gguf_file import begins_with_bos
-    from alpaca_ft.model import model_folder
     from alpaca_ft.prompts import row_prompt
-    demo, sent, want = model_folder('demo'), [], []
-    turns = [dict(role='user', content='Name a fruit.'), dict(role='assistant', content='An apple.'),
-             dict(role='user', content='Another one?')]
-    for name, with_system in STOCK_CHATS.items():
+    asked, want = [], []
+    said = (('user', 'Name a fruit.'), ('assistant', 'An apple.'), ('user', 'Another one?'))
+    turns = [dict(role=role, content=content) for role, content in said]
+    names = dict(llama3=1, llama3_1=1, llama3_2=1, qwen2_5=1, qwen3=1, phi3=1, gemma=0)  # 1: takes a system message
+    for name, with_system in names.items():
         if not (STOCK/f'{name}.jinja').exists():
             continue
-        tok = stock_tokenizer(name, demo)
+        tok = chat_tokenizer(name)
         assert begins_with_bos(tok) == ('llama' in name)
         template = dict(parse_modelfile(modelfile('m.gguf', tok, 512)))['TEMPLATE']
         for chat in [turns[:1], turns] + [[dict(role='system', content='Be brief.'), *turns]]*with_system:
             row = dict(instruction='', messages=json.dumps([*chat, dict(role='assistant', content='-')]))
-            want.append(row_prompt(row, tok).removeprefix(tok.bos_token if begins_with_bos(tok) else ''))
+            prompt = row_prompt(row, tok)
+            want.append(prompt.removeprefix(tok.bos_token) if begins_with_bos(tok) else prompt)
             system = chat[0]['content'] if chat[0]['role'] == 'system' else ''
             messages = [dict(Role=m['role'], Content=m['content']) for m in chat]
-            sent.append(dict(Template=template, System=system, Messages=messages))
+            asked.append(dict(Template=template, System=system, Messages=messages))
     assert len(want) > 15
     for one, prompt in zip(sent, want):
         assert go_chat(one['Template'], one['System'], one['Messages']) == prompt
-    if shutil.which('go'):
-        (here/'in.json').write_text(json.dumps(sent))
-        (here/'main.go').write_text(GO_CHAT)
-        r = subprocess.run(['go', 'run', 'main.go'], capture_output=True, text=True, timeout=300,
-                           env=os.environ | dict(GOCACHE=str(here/'cache'), GOFLAGS='-mod=mod'))
-        assert r.returncode == 0 and json.loads(r.stdout) == want, r.stderr
+    if not shutil.which('go'):
+        return
+    (here/'in.json').write_text(json.dumps(asked))
+    (here/'main.go').write_text(GO_CHAT)
+    r = subprocess.run(['go', 'run', 'main.go'], capture_output=True, text=True, timeout=300,
+                       env=os.environ | dict(GOCACHE=str(here/'cache'), GOFLAGS='-mod=mod'))
+    assert r.returncode == 0, r.stderr
+    assert json.loads(r.stdout) == want
 
 
 def test_modelfile_without_a_template(tokenizer, here):

@@ -12,8 +12,9 @@ import pytest
 root = Path(__file__).parent.parent
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
 chapters = {m[1]: p for p in notebooks if (m := re.search(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8')))}
-ORDER = ('formats data files processes options templates prompts packing model manifest gguf_file sampling trainer '
-         'evaluate prefix speed memory checkpoints tracking report run use cli').split()  # imports go backwards only
+# a module imports from those before it
+ORDER = ('checks formats data files processes options templates prompts packing model manifest gguf_file sampling '
+         'trainer evaluate prefix speed memory layers checkpoints tracking report run use cli').split()
 
 
 def python(code):

@@ -396,23 +396,23 @@ def test_system_message_in_the_alpaca_template(done, here, command):
 ANIMALS = 'cat dog owl fox hen cow pig ant bee elk yak emu cod eel gnu jay koi bat ape ram'.split()
 
 
-def legs(path):
-    "200 made rows of questions and answers."
+def questions(path):
+    "200 made rows with columns of other names."
     pairs = [(n, a) for n in range(2, 12) for a in ANIMALS]
-    with open(path, 'w') as f:
-        for i, (n, a) in enumerate(pairs):
-            row = dict(question=f'How many legs have {n} of the {a}?', answer=f'{n} {a} have {n} times its legs.')
-            f.write(json.dumps(row | dict(source=i)) + '\n')
+    rows = [dict(question=f'How many legs have {n} of the {a}?', answer=f'{n} {a} have {n} times its legs.', source=i)
+            for i, (n, a) in enumerate(pairs)]
+    assert len(rows) == 200
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
 
 
 def test_question_and_answer(tiny, here, command):
-    "A file with other names, from the first refusal to a talk with the model, each command as it is typed."
-    legs('qa.jsonl')
+    "A file with other names, from the first refusal to a talk with the model: 200 rows, each command as it is typed."
+    questions(here/'qa.jsonl')
     args = ['--model', tiny, '--data', 'qa.jsonl', '--n-freeze', 2, '--seq-len', 256, '--loss-on', 'response',
             '--dtype', 'fp32']
     code, out, err = command('check', *args)
-    told = 'row 1: instruction is missing; give --columns instruction=question,output=answer (200 bad of 200'
-    assert code == 2 and told in err, err
+    why = 'row 1: instruction is missing; give --columns instruction=question,output=answer (200 bad of 200'
+    assert code == 2 and why in err, err
     args += ['--columns', 'instruction=question,output=answer']
     code, out, err = command('check', *args, '--show', 1)
     assert code == 0 and 'train     180 rows' in out and 'eval      20 rows' in out, out + err
@@ -426,12 +426,11 @@ def test_question_and_answer(tiny, here, command):
     metrics = [json.loads(line) for line in open('run/metrics.jsonl')]
     held_out = [m['eval_response_loss'] for m in metrics if 'eval_response_loss' in m]
     assert held_out[-1] < held_out[0]/2, held_out
-    code, out, err = command('sample', 'run', '--file', 'qa.jsonl', '--max-new-tokens', 4)  # the run knows the names
+    code, out, err = command('sample', 'run', '--file', 'qa.jsonl', '--max-new-tokens', 4)  # names as in the run
     got = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [r['source'] for r in got] == list(range(200)), err
     assert all(r['generation'] and r['instruction'] == r['question'] and r['output'] == r['answer'] for r in got)
-    typed = 'How many legs have 2 of the cat?\nAnd 3?\n/quit\n'
-    said = subprocess.run([sys.executable, '-m', 'alpaca_ft', 'chat', 'run', '--max-new-tokens', '6'], input=typed,
-                          capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0 and said.stdout.count('> ') == 3, said.stdout + said.stderr
-    assert all(answer.strip() for answer in said.stdout.split('> ')[1:3])
+    r = subprocess.run([sys.executable, '-m', 'alpaca_ft', 'chat', 'run', '--max-new-tokens', '6'], text=True,
+                       input='How many legs have 2 of the cat?\nAnd 3?\n/quit\n', capture_output=True, timeout=120)
+    said = r.stdout.split('> ')
+    assert r.returncode == 0 and len(said) == 4 and all(text.strip() for text in said[1:3]), r.stdout + r.stderr

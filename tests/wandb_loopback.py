@@ -144,67 +144,57 @@ class Receiver(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def answer_to(self, op, v, given):
-        "The answer to a query or mutation, or None."
-        if op in ('ServerFeaturesQuery', 'Viewer'):
-            viewer = dict(id='u', entity='me', username='me', email='', flags='{}', teams=dict(edges=[]))
-            return dict(serverInfo=dict(features=[]), viewer=viewer)
-        if op == 'UpsertBucket':
-            project = dict(id='p', name=v['project'], entity=dict(id='e', name='me'))
-            bucket = dict(id='b', name=v['name'], displayName=v['displayName'] or v['name'], description='',
-                          config='{}', sweepName=None, project=project, historyLineCount=0)
-            return dict(upsertBucket=dict(inserted=v['name'] not in self.runs, bucket=bucket))
-        if op == 'RunResumeStatus':
-            return self.resume_status(v)
-        if op == 'CreateRunFiles':
-            files = [dict(name=f, uploadUrl=f"{self.url}/put/{v['run']}/{f}") for f in v['files']]
-            return dict(createRunFiles=dict(runID='b', uploadHeaders=[], files=files))
-        return self.artifact_answer(op, v, given)
+        "What is answered to an operation of wandb's client."
+        method = getattr(self, f'answer_{op}', None)
+        return method(v, given) if method else None
 
-    def artifact_answer(self, op, v, given):
-        "The same for artifacts: each is made, gets a manifest and files, and is committed."
-        if op == 'CreateArtifact':
-            name = given['artifactCollectionName']
-            self.artifacts[name] = given
-            made = dict(id=name, state='PENDING', artifactSequence=dict(latestArtifact=None))
-            return dict(createArtifact=dict(artifact=made))
-        if op == 'CreateArtifactManifest':
-            file = dict(id='f', uploadUrl=f"{self.url}/put/{v['artifactID']}/manifest", uploadHeaders=[])
-            return dict(createArtifactManifest=dict(artifactManifest=dict(id=v['artifactID'], file=file)))
-        if op == 'CreateArtifactFiles':
-            nodes = []
-            for f in given['artifactFiles']:
-                url = f"{self.url}/put/{f['artifactID']}/{f['name']}"
-                nodes.append(dict(node=dict(storagePath=f['name'], uploadUrl=url, uploadHeaders=[],
-                                            uploadMultipartUrls=None, artifact=dict(id=f['artifactID']))))
-            return dict(createArtifactFiles=dict(files=dict(edges=nodes)))
-        if op == 'CommitArtifact':
-            self.committed.append(v['artifactID'])
-            return dict(commitArtifact=dict(artifact=dict(id=v['artifactID'], digest='d')))
-        return None
+    def answer_ServerFeaturesQuery(self, v, given):
+        return dict(serverInfo=dict(features=[]))
+
+    def answer_Viewer(self, v, given):
+        return dict(viewer=dict(id='u', entity='me', username='me', email='', flags='{}', teams=dict(edges=[])))
+
+    def answer_UpsertBucket(self, v, given):
+        project = dict(id='p', name=v['project'], entity=dict(id='e', name='me'))
+        bucket = dict(id='b', name=v['name'], displayName=v['displayName'] or v['name'], description='', config='{}',
+                      sweepName=None, project=project, historyLineCount=0)
+        return dict(upsertBucket=dict(inserted=v['name'] not in self.runs, bucket=bucket))
+
+    def answer_RunResumeStatus(self, v, given):
+        return self.resume_status(v)
+
+    def answer_CreateRunFiles(self, v, given):
+        files = [dict(name=f, uploadUrl=f"{self.url}/put/{v['run']}/{f}") for f in v['files']]
+        return dict(createRunFiles=dict(runID='b', uploadHeaders=[], files=files))
+
+    def answer_CreateArtifact(self, v, given):
+        name = given['artifactCollectionName']
+        self.artifacts[name] = given
+        sequence = dict(latestArtifact=None)
+        return dict(createArtifact=dict(artifact=dict(id=name, state='PENDING', artifactSequence=sequence)))
+
+    def answer_CreateArtifactManifest(self, v, given):
+        file = dict(id='f', uploadUrl=f"{self.url}/put/{v['artifactID']}/manifest", uploadHeaders=[])
+        return dict(createArtifactManifest=dict(artifactManifest=dict(id=v['artifactID'], file=file)))
+
+    def answer_CreateArtifactFiles(self, v, given):
+        nodes = []
+        for f in given['artifactFiles']:
+            url = f"{self.url}/put/{f['artifactID']}/{f['name']}"
+            about = dict(storagePath=f['name'], uploadUrl=url, uploadHeaders=[], uploadMultipartUrls=None)
+            nodes.append(dict(node=about | dict(artifact=dict(id=f['artifactID']))))
+        return dict(createArtifactFiles=dict(files=dict(edges=nodes)))
+
+    def answer_CommitArtifact(self, v, given):
+        self.committed.append(v['artifactID'])
+        return dict(commitArtifact=dict(artifact=dict(id=v['artifactID'], digest='d')))
 
     def resume_status(self, v):
         run = self.runs.get(v.get('name'))
         if run is None:
             return dict(model=None)
         history, events = run.get('wandb-history.jsonl', []), run.get('wandb-events.jsonl', [])
-        return dict(
-            model=dict(
-                id='p',
-                name=v['project'],
-                entity=dict(id='e', name='me'),
-                bucket=dict(
-                    id='b',
-                    name=v['name'],
-                    summaryMetrics='{}',
-                    displayName=v['name'],
-                    logLineCount=0,
-                    historyLineCount=len(history),
-                    eventsLineCount=len(events),
-                    historyTail=json.dumps(history[-1:]),
-                    eventsTail=json.dumps(events[-1:]),
-                    config='{}',
-                    tags=[],
-                    wandbConfig='{"t": 1}',
-                ),
-            )
-        )
+        bucket = dict(id='b', name=v['name'], summaryMetrics='{}', displayName=v['name'], logLineCount=0,
+                      historyLineCount=len(history), eventsLineCount=len(events), historyTail=json.dumps(history[-1:]),
+                      eventsTail=json.dumps(events[-1:]), config='{}', tags=[], wandbConfig='{"t": 1}')
+        return dict(model=dict(id='p', name=v['project'], entity=dict(id='e', name='me'), bucket=bucket))
