@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup dev train test matrix faults lab bench docs render clean
+.PHONY: setup dev train lint test matrix faults lab bench docs render clean
 
 .venv/run: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -27,6 +27,9 @@ test: dev
 	$(BIN)/python -c "from alpaca_ft.model import demo_model; demo_model()"
 	cd nbs && OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+lint: dev
+	$(BIN)/ruff check .
 
 matrix: dev
 	$(BIN)/python tests/matrix.py --workers 2 $(MATRIX)

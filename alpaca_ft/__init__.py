@@ -36,7 +36,8 @@ __all__ = sorted(_where)
 
 def __getattr__(name):
     from importlib import import_module
-    if name in _where: return getattr(import_module(f'alpaca_ft.{_where[name]}'), name)
+    if name in _where:
+        return getattr(import_module(f'alpaca_ft.{_where[name]}'), name)
     raise AttributeError(f'module alpaca_ft has no attribute {name!r}')
 
 

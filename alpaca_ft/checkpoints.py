@@ -203,7 +203,8 @@ class Checkpoints(TrainerCallback):
         for k, p in self.trained().items():
             weights[k] = whole(p.detach()).cpu().contiguous()
             for name, t in self.trainer.optimizer.state[p].items():
-                moments[f'{k}|{name}'] = whole(t).cpu().contiguous()
+                if t is not None:
+                    moments[f'{k}|{name}'] = whole(torch.as_tensor(t)).cpu().contiguous()
         return weights, moments
 
     def write(self, folder, weights, tensors):
@@ -258,6 +259,10 @@ class Checkpoints(TrainerCallback):
                     saved['state'][number] = {entry: part(t, p) for entry, t in by_name[names[p]].items()}
                 number += 1
         optimizer.load_state_dict(saved)
+        for p, k in names.items():
+            for entry, t in by_name.get(k, {}).items():
+                if optimizer.state[p][entry].dtype != t.dtype:  # numbers in fp32 about a weight in bf16
+                    optimizer.state[p][entry] = part(t.to(p.device), p)
         self.trainer.lr_scheduler.load_state_dict(about['scheduler'])
         self.trainer.tokens = about['tokens']
         if self.watch:

@@ -135,6 +135,8 @@ def make_parser()->argparse.ArgumentParser:  # of the whole command
     runs = dict(train='fine-tune; with no option, the demo', check='everything of train short of the first step')
     for name, about in runs.items():
         add_options(sub.add_parser(name, help=about, description=about, allow_abbrev=False))
+    sub.choices['check'].add_argument('--memory', metavar='SIZE', help='say whether the run fits into it, as in 24GB, '
+                                      'and which settings would')
     sub.choices['check'].add_argument('--show', type=int, default=0, metavar='N', help='packed rows to print as the '
                                       'trainer sees them: what is learnt, what is masked, where documents end [0]')
     for name, (about, _, arguments) in COMMANDS.items():
@@ -166,7 +168,7 @@ def _train(
     run = train(cfg)
     if run.place.rank:
         return  # the first process has told it
-    if run.cfg.n_samples:
+    if run.cfg.n_samples and not run.large:
         print('\n'.join(before_after(run.out/'samples.jsonl')))
     print(f'\nmodel in {run.out}/model, the run in {run.out}{peak_memory()}')
 
@@ -177,7 +179,7 @@ def _check(
     "`alpaca_ft check`."
     cfg = _config(args)
     from alpaca_ft.run import check
-    check(cfg, args.show)
+    check(cfg, args.show, args.memory)
 
 # %% ../nbs/18_cli.ipynb #18-025
 def _call(

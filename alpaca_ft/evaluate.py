@@ -580,7 +580,7 @@ def check_tasks(
         raise Refused("--tasks: lm-eval is not installed; pip install 'alpaca_ft[eval]'")
     tasks = [read_task(p) for p in paths]
     if tasks:
-        import lm_eval.api.metrics  # noqa: fills the registry
+        import lm_eval.api.metrics  # noqa: F401 (fills the registry)
         from lm_eval.api.registry import METRIC_REGISTRY
     for path, task in zip(paths, tasks):
         for metric in task.get('metric_list') or []:

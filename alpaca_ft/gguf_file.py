@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Stored
-from gguf.quants import dequantize, quantize
+from gguf.quants import quantize
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS

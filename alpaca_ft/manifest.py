@@ -111,7 +111,7 @@ def processor_name(
 
 # %% ../nbs/a3_manifest.ipynb #a3-043
 FREE = set('out resume resume_anyway save_every keep loss_spike_stop track project tags log_model trust_remote_code '
-           'skip_bad_rows model data eval_data dtype'.split())  # may change: the result follows from other entries
+           'skip_bad_rows model data eval_data dtype layer_by_layer'.split())  # may change: the result follows from other entries
 ANYWAY = set('eval_every n_samples max_new_tokens micro_batch_size activation_checkpointing '
              'prefix_cache'.split())  # may change with --resume-anyway: logs or rounding follow from them
 
@@ -147,11 +147,13 @@ def make_manifest(
 )->Manifest:
     "Resolve all that a run depends on."
     options = {k: v for k, v in asdict(cfg).items() if k not in FREE}
+    trains = asdict(choice) if choice else {}
+    trains.pop('trained', None)  # an option says it, and older runs have none
     return Manifest(options, config_digest(model), weights_digest(cfg.model, model), tokenizer_digest(tokenizer),
                     rows_digest(rows['train'], rows['test']), packed_digest(train, test),
                     'bf16' if place.dtype == torch.bfloat16 else 'fp32', place.device.type,
                     processor_name(place.device), torch.get_num_threads(), place.processes,
-                    choice=digest(asdict(choice)) if choice else '', versions=versions())
+                    choice=digest(trains) if choice else '', versions=versions())
 
 # %% ../nbs/a3_manifest.ipynb #a3-050
 @dataclass

@@ -15,7 +15,6 @@ __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', '
 import copy
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +162,7 @@ class Choice:
     rank:int = None  # of LoRA's matrices
     alpha:int = None  # what their product is multiplied by, over the rank
     seed:int = None  # that LoRA's matrices are drawn from
+    trained:str = 'fp32'  # precision of what trains: fp32 or bf16
 
     @property
     def first(self):
@@ -229,10 +229,11 @@ def chosen_parameters(
 def apply_choice(
     model,  # causal language model, changed in place
     choice:Choice,  # what is to train
-    frozen_dtype:torch.dtype=None,  # of what stays; None: `compute_dtype()`; what trains is fp32
+    frozen_dtype:torch.dtype=None,  # of what stays; None: `compute_dtype()`
 )->bool:  # whether the head was tied to the embedding and has its own weight now
-    "Let what was chosen train, in fp32, and freeze the rest."
+    "Let what was chosen train, in fp32 unless the choice says bf16, and freeze the rest."
     frozen_dtype = frozen_dtype or compute_dtype()
+    trained = torch.bfloat16 if choice.trained == 'bf16' else torch.float32
     untied = choice.method == 'freeze' and choice.head and untie(model)
     model.requires_grad_(choice.method == 'full')
     if choice.method == 'lora':
@@ -241,7 +242,7 @@ def apply_choice(
         for p in chosen_parameters(model, choice):
             p.requires_grad_(True)
     for p in model.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else frozen_dtype)
+        p.data = p.data.to(trained if p.requires_grad else frozen_dtype)
     model.products_in_bf16 = frozen_dtype == torch.bfloat16  # also where nothing is frozen
     return untied
 
@@ -399,7 +400,7 @@ def resolve_choice(
         raise Refused(f'{name} has no output head to train; use a ...ForCausalLM model')
     if cfg.method == 'full':
         check_rotate(cfg, list(range(n)), name)
-        return Choice(list(range(n)), n, embed=True, method='full')
+        return Choice(list(range(n)), n, embed=True, method='full', trained=cfg.train_dtype)
     if (cfg.layers or '').startswith('spectrum:'):
         found = spectrum(model, float(cfg.layers.partition(':')[2]))
         matrices, layers = list(found), sorted(set(found.values()))
@@ -408,8 +409,9 @@ def resolve_choice(
     check_rotate(cfg, layers, name)
     if cfg.method == 'lora':
         matrices = lora_modules(cfg, model, layers, matrices)
-        return Choice(layers, n, False, False, matrices, 'lora', cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    choice = Choice(layers, n, cfg.train_head is not False, not cfg.freeze_embed, matrices)
+        return Choice(layers, n, False, False, matrices, 'lora', cfg.lora_rank, cfg.lora_alpha, cfg.seed,
+                      cfg.train_dtype)
+    choice = Choice(layers, n, cfg.train_head is not False, not cfg.freeze_embed, matrices, trained=cfg.train_dtype)
     if not (choice.layers or choice.head or choice.embed):
         raise Refused(f'n_freeze is {cfg.n_freeze} and train_head false: nothing of {name} would train; '
                       'freeze fewer layers')
@@ -609,29 +611,35 @@ class Trunk(nn.Module):
         model,  # after `freeze`; shares its weights
         n_freeze:int,  # layers in front
         attention:Attention=None,  # how documents are kept apart; None: by the model's own mask
+        first:int=None,  # the first of them that works, on states in place of token ids; None: all, and the embedding
     ):
         super().__init__()
-        self.bf16, self.attention = in_bf16(model), attention
+        self.bf16, self.attention, self.first = in_bf16(model), attention, first
         twin = share(model).eval()
-        cut_layers(twin, 0, n_freeze)
+        cut_layers(twin, first or 0, n_freeze)
+        if first is not None:
+            twin.set_input_embeddings(nn.Identity())
+            for i, layer in enumerate(decoder_layers(twin)):
+                layer.register_forward_pre_hook(_without_states if i else _enter, with_kwargs=True)
         if attention and attention.name:
             twin.set_attn_implementation(attention.name)
         self.body, self.last = _layer_list(twin)[0], decoder_layers(twin)[-1]
 
     @torch.no_grad()
-    def forward(self, input_ids, position_ids, document_lengths):
+    def forward(self, rows, position_ids, document_lengths):
         "The hidden states behind the last frozen layer: (rows, tokens, hidden)."
         out = []
         extra, where = {}, None
         if self.attention:
-            extra = self.attention.arguments(document_lengths, input_ids.shape[1], input_ids.device)
+            extra = self.attention.arguments(document_lengths, rows.shape[1], rows.device)
             if self.attention.apart:
-                where = Apart(document_lengths, input_ids.shape[1], input_ids.device)
-                input_ids, position_ids = where.split(input_ids), where.positions
+                where = Apart(document_lengths, rows.shape[1], rows.device)
+                rows, position_ids = where.split(rows), where.positions
+        feed = dict(input_ids=rows) if self.first is None else dict(inputs_embeds=rows, kept_states=rows)
         hook = self.last.register_forward_hook(lambda module, args, result: out.append(result))
         try:
-            with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                self.body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra)
+            with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                self.body(**feed, position_ids=position_ids, use_cache=False, **extra)
         finally:
             hook.remove()
         states = out[0][0] if isinstance(out[0], tuple) else out[0]
@@ -813,7 +821,8 @@ def save_model(
         check_adapter(model, part)
     else:
         config = json.loads((part/'config.json').read_text())
-        (part/'config.json').write_text(json.dumps(config | dict(dtype='float32'), indent=2))
+        widest = 'float32' if any(p.dtype == torch.float32 for p in model.parameters()) else 'bfloat16'
+        (part/'config.json').write_text(json.dumps(config | dict(dtype=widest), indent=2))
         check_saved(model, part, frozen)
     for f in (*part.iterdir(), part):
         sync(f)

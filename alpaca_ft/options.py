@@ -61,6 +61,8 @@ class RunConfig:
     epochs:int = option(None, 'passes over the rows; none: 1, or as many as max_steps takes', least=1)
     max_steps:int = option(None, 'stop after so many optimizer steps; none: all the epochs', least=1)
     lr:float = option(2e-4, 'peak learning rate (AdamW, cosine to zero)', least=0.)
+    optim:str = option('adamw_torch_fused', "the optimizer, by transformers' name: `adafactor`, `sgd`, `adamw_8bit` (with "
+                       'bitsandbytes), ...', shown='NAME')
     warmup:float = option(0.1, 'part of the steps in which the learning rate rises', least=0.)
     loss_on:str = option('all', '`all` tokens, as the article, or only the `response`', choices=('all', 'response'))
     eval_every:int = option(None, 'optimizer steps between evaluations; none: a third of the run', least=1)
@@ -69,10 +71,14 @@ class RunConfig:
     skip_bad_rows:bool = option(False, 'leave unusable rows out, and count them, instead of refusing the file')
     dtype:str = option('auto', '`auto`: bf16 products where the hardware is fast at them; `bf16` or `fp32`',
                        choices=('auto', 'bf16', 'fp32'))
+    train_dtype:str = option('fp32', 'precision of the weights that train, their gradients and the optimizer; `bf16`: '
+                             'half the memory, and small steps are lost in rounding', choices=('fp32', 'bf16'))
     activation_checkpointing:bool = option(False, "recompute the trained layers' activations: less memory, "
                                            'a quarter more time')
     prefix_cache:str = option('auto', "keep the frozen layers' output instead of computing it again: `auto`, `off`, "
                               '`memory` or `disk`', choices=('auto', 'off', 'memory', 'disk'))
+    layer_by_layer:bool = option(None, 'read the frozen layers one by one, each once, and never hold them all; none: '
+                                 'where the whole model would not fit')
     final:str = option('last', 'the model that is left: of the `last` step, or of the `best` evaluation by the loss '
                        'that is trained on', choices=('last', 'best'))
     patience:int = option(None, 'stop after so many evaluations without a better one; none: never', least=1)

@@ -16,6 +16,7 @@ import os
 import re
 import statistics
 import sys
+import time
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -82,8 +83,10 @@ def _svg(
         style[name] = '#010101'
     text = io.StringIO()
     with rc_context(style):
-        fig = Figure((4.6, height), layout='constrained')
+        fig = Figure((4.6, height))
         draw(fig.subplots())
+        # room for the numbers, in inches; matplotlib's own layout engines draw everything twice to find it
+        fig.subplots_adjust(left=.62/4.6, right=.98, bottom=.45/height, top=1 - .08/height)
         fig.savefig(text, format='svg', transparent=True, metadata=dict(Date=None))
     return Markup(page_svg(text.getvalue(), label))
 
@@ -267,7 +270,11 @@ def preflight_lines(
                      'trains layers too')
     memory = {k: f'{n/2**30:.1f}' for k, n in r['memory_bytes'].items()}
     total = memory.pop('total')
-    lines.append(f"memory    about {total} GiB: {', '.join(f'{k} {n}' for k, n in memory.items())}")
+    lines.append(f"memory    about {total} GiB: {', '.join(f'{k} {n}' for k, n in memory.items() if n != '0.0')}")
+    moments = r.get('memory_moments') or {}
+    worst = max(moments, key=moments.get, default=None)
+    if worst and worst != 'a training step':
+        lines.append(f'          at most {moments[worst]/2**30:.1f} GiB: {worst}')
     seconds = r.get('estimated_seconds')
     if seconds is not None:
         about = f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} min'
@@ -380,11 +387,12 @@ def write_report(
 
 # %% ../nbs/15_report.ipynb #15-067
 class ReportCB(TrainerCallback):
-    "RUN/report.html, at each evaluation and at the end."
+    "RUN/report.html, at an evaluation where the last writing was long enough ago, and at the end."
     def __init__(self,
         out:Path,  # the run folder
+        share:float=0.05,  # of the run's time that writing may take
     ):
-        self.out = out
+        self.out, self.share, self.next = out, share, 0.
 
     def write(self,
         running:bool,  # the run goes on
@@ -396,5 +404,8 @@ class ReportCB(TrainerCallback):
             print(f'report: not written ({type(e).__name__}: {e})', file=sys.stderr)
 
     def on_evaluate(self, args, state, control, **kw):
-        if state.is_world_process_zero:
+        began = time.monotonic()
+        if state.is_world_process_zero and began >= self.next:
             self.write(running=True)
+            ended = time.monotonic()
+            self.next = ended + (ended - began)/self.share

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'NOT_BEGUN', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'the_folder', 'check_share',
-           'untracked', 'started_again', 'pack_rows', 'check_fit', 'prepare', 'fullest_row', 'probe', 'synchronize',
-           'may_be_without_gradient', 'measure_step', 'decide_states', 'preflight', 'notes', 'check', 'prepare_shape',
-           'agree', 'go_on', 'check_disk', 'write_start', 'begin', 'keep_states', 'what_trains', 'build_trainer',
-           'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line', 'finish']
+           'untracked', 'started_again', 'pack_rows', 'check_fit', 'load_whole', 'prepare', 'fullest_row', 'probe',
+           'synchronize', 'may_be_without_gradient', 'measure_step', 'decide_states', 'decide_by_layer', 'preflight',
+           'known', 'count_memory', 'notes', 'check', 'memory_lines', 'config_alone', 'prepare_shape', 'agree', 'go_on',
+           'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains',
+           'build_trainer', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -23,14 +24,17 @@ import yaml
 from safetensors.torch import save_file
 
 from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
-                                   lost, memory_advice, read_state, shorter_log, tidy)
-from .checkpoints import Stopped  # importable from here, as ever
+                                   lost, out_of_memory, read_state, shorter_log, tidy)
+from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
 from .data import Refused, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
+from .layers import Large, large_model, save_by_shard, shards, state_kind, states_by_layer, try_saving_about
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
 from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, at_work, has_adapter, load_model,
-                    load_tokenizer, memory_estimate, model_shape, resolve_choice, save_model, settle, try_saving)
+                    load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
+from .memory import (as_bytes, bytes_of, counted_advice, fit_lines, fitting, memory_table, planned, resident,
+                              twin)
 from .model import _load
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
@@ -43,7 +47,8 @@ from .report import ReportCB, preflight_lines
 from .sampling import LLMSampleCB, show_row
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
-from .trainer import Metrics, PackedLoss, Rotate, StopAtNaN, StepCollator, make_trainer, on_device, quiet
+from .trainer import (Metrics, PackedLoss, Rotate, StopAtNaN, StepCollator, check_optim, make_trainer,
+                               on_device, quiet)
 
 # %% ../nbs/16_run.ipynb #16-006
 @dataclass
@@ -65,6 +70,13 @@ class Run:
     resume_from:Path = None  # the checkpoint to go on from
     trainer:object = None  # TRL's trainer
     choice:Choice = None  # what trains
+    large:Large = None  # a model whose frozen layers stay on the disk
+    shape:object = None  # the model as it was loaded, without contents
+
+    @property
+    def tried(self):
+        "What the checks before a run compute with: the model, or the upper layers of a large one."
+        return self.large.tried if self.large else self.model
 
 # %% ../nbs/16_run.ipynb #16-008
 def train(
@@ -83,8 +95,6 @@ def train(
             each_does(preflight, run)
             agree(run)
             run.resume_from = first_does(begin, run)
-            with at_work(run.model, cfg):
-                advice = memory_advice(cfg, run.model)
             with Tracker(cfg if is_first() else untracked(cfg), out, run.manifest) as tracker:
                 try:
                     keep_states(run)
@@ -96,7 +106,7 @@ def train(
                         save_result(run, run.trainer.model.tail)
                         run.trainer.best.end()
                 except Exception as e:
-                    raise in_a_line(e, run, advice) from None
+                    raise in_a_line(e, run) from None
                 finally:
                     finish(run)
                 tracker.log_model(out/'model')
@@ -202,6 +212,9 @@ def check_share(
 )->None:
     "Refuse a step that has no work for some of the processes."
     n, batches = place.processes, cfg.batch_size//cfg.micro_batch_size
+    if place.sharded and not cfg.optim.startswith('adamw_torch'):
+        raise Refused(f'optim is {cfg.optim}, and what it keeps of weights that FSDP has spread was not tried; use the '
+                      'default, or leave FSDP out')
     if place.sharded and cfg.rotate:
         raise Refused('rotate changes what trains, and FSDP has settled it by then; leave one of them out')
     if batches < n:
@@ -268,6 +281,21 @@ def check_fit(
     if limit and run.cfg.seq_len > limit:
         raise Refused(f'seq_len is {run.cfg.seq_len}, but {name} has {limit} positions; give at most that')
 
+# %% ../nbs/16_run.ipynb #16-la1
+def load_whole(
+    run,  # Run with its tokenizer; gets its model and choice
+)->None:
+    "Load all of a model, see that it fits rows and tokenizer, and let train what was chosen."
+    cfg = run.cfg
+    run.model = load_model(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    if has_adapter(run.model):
+        raise Refused(f'{cfg.model}: an adapter, not a model of its own; merge it with `alpaca_ft export`, '
+                      'and train that')
+    check_fit(run)
+    run.shape = twin(run.model, 'meta')
+    run.choice = resolve_choice(cfg, run.model)
+    apply_choice(run.model, run.choice, run.place.dtype)
+
 # %% ../nbs/16_run.ipynb #16-029
 def prepare(
     cfg:RunConfig,  # the options
@@ -276,17 +304,23 @@ def prepare(
     "Load, check, pack and freeze; nothing is written. Raises `Refused`."
     quiet()
     run = Run(cfg, place or settle(cfg.dtype))
+    if cfg.train_dtype == 'bf16' and run.place.dtype != torch.bfloat16:
+        raise Refused('train_dtype is bf16, but products are computed in fp32 here; give --dtype bf16')
+    check_optim(cfg.optim)
     run.rows, bad = load_rows(cfg)
     run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
     use_template(run.tokenizer, cfg.template)
     pack_rows(run, bad)
-    run.model = load_model(cfg.model, trust_remote_code=cfg.trust_remote_code)
-    if has_adapter(run.model):
-        raise Refused(f'{cfg.model}: an adapter, not a model of its own; merge it with `alpaca_ft export`, '
-                      'and train that')
-    check_fit(run)
-    run.choice = resolve_choice(cfg, run.model)
-    apply_choice(run.model, run.choice, run.place.dtype)
+    run.report['process_bytes'] = resident()
+    run.large = large_model(cfg, run.place)
+    if run.large and run.place.processes > 1:
+        raise Refused(f'{cfg.model}: is read layer by layer here, which one process does; start it without torchrun or '
+                      'accelerate')
+    if run.large:
+        run.model, run.choice, run.shape = run.large.model, run.large.choice, run.large.shape
+        check_fit(run)
+    else:
+        load_whole(run)
     run.manifest = make_manifest(cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test,
                                  run.choice)
     run.whole = WholeModel(run.model, cfg, run.place.dtype, run.choice)
@@ -317,7 +351,7 @@ def probe(
     n = min(max_tokens, len(row['input_ids']))
     piece = dict(input_ids=row['input_ids'][:n], completion_mask=row['completion_mask'][:n], seq_lengths=[n])
     batch = on_device(StepCollator(run.tokenizer.pad_token_id, 'all')([piece]), run.place.device)
-    loss = PackedLoss(Tail(run.model, 0, run.step.attention), run.step.head).train()
+    loss = PackedLoss(Tail(run.tried, 0, run.step.attention), run.step.head).train()
     devices = [] if run.place.device.type in ('cpu', 'mps') else [run.place.device]
     kind = run.place.device.type if devices else 'cuda'
     with torch.random.fork_rng(devices=devices, device_type=kind):
@@ -352,14 +386,14 @@ def measure_step(
     "Choose how a step is computed, and see that documents are apart, gradients arrive, and how long it takes."
     cfg = run.cfg
     longest = max(n for rows in (run.train, run.test) for lengths in rows['seq_lengths'] for n in lengths)
-    run.step = choose_step(run.model, run.train, run.tokenizer.pad_token_id, longest)
-    leak = leakage_between(Tail(run.model, 0, run.step.attention), fullest_row(run.train, run.test))
+    run.step = choose_step(run.tried, run.train, run.tokenizer.pad_token_id, longest, cfg.micro_batch_size)
+    leak = leakage_between(Tail(run.tried, 0, run.step.attention), fullest_row(run.train, run.test))
     if leak:
         raise Refused(f'{cfg.model}: documents in one row read each other (logits differ by {leak:.2g}); '
                       'this architecture cannot be packed here')
     p = probe(run)
     missing = [k for k in p['without_gradient'] if not may_be_without_gradient(k)]
-    weights = dict(run.model.named_parameters())
+    weights = dict(run.tried.named_parameters())
     matrices = [k for k in missing if weights[k].squeeze().dim() > 1]
     if matrices:
         raise Refused(f"{cfg.model}: {', '.join(matrices[:3])} should train but gets no gradient; "
@@ -381,6 +415,9 @@ def decide_states(
     cfg, r = run.cfg, run.report
     run.report['prefix_cache'] = 'off'
     if cfg.prefix_cache == 'off':
+        return
+    if run.large:
+        decide_by_layer(run)
         return
     why = why_no_states(cfg, run.model, run.choice)
     if why and cfg.prefix_cache != 'auto':
@@ -407,6 +444,23 @@ def decide_states(
     says = dict(off='computed each time', memory='kept in memory', disk='kept on disk')[keep.where]
     r['prefix_cache'], r['prefix_says'] = keep.where, f'{says} ({keep.why})'
 
+# %% ../nbs/16_run.ipynb #16-la3
+def decide_by_layer(
+    run,  # Run with a large model, packed rows and step; gets a part of the report
+)->None:
+    "Where a large model's states are kept; raises `Refused` where there is no room."
+    r, where = run.report, 'memory' if run.cfg.prefix_cache == 'memory' else 'disk'
+    if run.choice.n_layers - run.choice.first > 1:
+        try_tail(run.tried, 1, run.train[0], run.step.attention, run.place.device)
+    dtype, width = state_kind(run.large, run.train[0], run.step.attention, run.place)
+    rows = len(run.train) + len(run.test)
+    r['state_bytes'] = sum(packed_lengths(run.train, run.test))*width*dtype.itemsize
+    r['state_dtype'], r['state_width'] = str(dtype).removeprefix('torch.'), width
+    keep = decide(replace(run.cfg, prefix_cache=where), r['state_bytes'], rows, rows)
+    r['prefix_cache'] = where
+    r['prefix_says'] = f'read one by one, each once; states kept {dict(memory="in memory", disk="on disk")[where]} ' \
+                       f'({keep.why})'
+
 # %% ../nbs/16_run.ipynb #16-054
 def preflight(
     run,  # Run with model and packed rows; its report is completed
@@ -420,14 +474,31 @@ def preflight(
     run.report.update(trains=f'{choice}{rotate}', parameters=sum(n for n, _ in sizes),
                       trainable=sum(n for n, trains in sizes if trains),
                       head_alone=not choice.layers and not choice.embed, layers=choice.n_layers)
-    with at_work(model, cfg):
-        run.report['memory_bytes'] = memory_estimate(model, cfg.seq_len, cfg.micro_batch_size,
-                                                     cfg.activation_checkpointing)
-        if measure:
-            measure_step(run)
     if measure:
+        with at_work(model, cfg):
+            measure_step(run)
         decide_states(run)
+    run.report['model_bytes'] = bytes_of(model.parameters())
+    count_memory(run)
     return run.report
+
+# %% ../nbs/16_run.ipynb #16-cm1
+def known(
+    run,  # Run after `measure_step` and `decide_states`, or of a shape alone
+)->dict:  # arguments of `memory_plan`
+    "What of a run its memory depends on beside the options."
+    r = run.report
+    return dict(step=run.step, keep=r.get('prefix_cache'), states=r.get('state_bytes', 0), process=r['process_bytes'],
+                large=bool(run.large) if run.step else None)
+
+def count_memory(
+    run,  # Run with shape, choice and place; its report gets memory_bytes and memory_moments
+)->None:
+    "What a step of the run takes, and what its other moments take."
+    cfg, r = run.cfg, run.report
+    r['memory_moments'], by, why = planned(cfg, run.shape, run.place, run.choice, **known(run))
+    r['memory_bytes'] = by | dict(total=sum(by.values()))
+    r['memory_uncounted'] = why
 
 # %% ../nbs/16_run.ipynb #16-055
 def notes(
@@ -441,6 +512,8 @@ def notes(
         lines.append(run.step.says)
     if run.report.get('prefix_says'):
         lines.append(f"frozen layers: {run.report['prefix_says']}")
+    if run.large and run.cfg.n_samples:
+        lines.append('samples: left out, for they need every layer for every token')
     if still := run.report.get('without_gradient'):
         lines.append(f'without a gradient, so they stay as they are: {len(still)} vectors ({still[0]}, ...)')
     return lines
@@ -449,40 +522,73 @@ def notes(
 def check(
     cfg:RunConfig,  # the options
     show:int=0,  # packed rows to print as the trainer sees them
+    memory:str=None,  # a size, such as 24GB: say whether the run fits into it, and what would
 )->dict:  # the report, printed too
     "Everything of a run short of the first step; nothing is written. Raises `Refused`."
-    place = settle(cfg.dtype)
+    limit, place = as_bytes(memory) if memory else None, settle(cfg.dtype)
     check_tracking(cfg)
     check_out(cfg)
     unknown = []
-    if cfg.model == 'demo' or Path(cfg.model).is_dir():
+    if cfg.model == 'demo' or Path(cfg.model).is_dir() and not config_alone(cfg.model):
         run = prepare(cfg, place)
     else:
-        run = prepare_shape(cfg, unknown)
+        run = prepare_shape(cfg, unknown, place)
     report = preflight(run, measure=not unknown)
     print('\n'.join(preflight_lines(report) + notes(run) + [f'unknown   {u}' for u in unknown]))
+    print('\n'.join(memory_lines(run, limit)))
     for i in range(min(show, len(run.train) if run.train else 0)):
         print(f'\nrow {i} of {len(run.train)}')
         print(show_row(run.train[i], run.tokenizer, cfg.loss_on, color=sys.stdout.isatty()))
     return report
 
+# %% ../nbs/16_run.ipynb #16-ml1
+def memory_lines(
+    run,  # Run after `preflight`
+    limit:int=None,  # bytes that there are
+)->list:  # lines
+    "Where a run's memory goes, and what would make it fit."
+    sums, by = run.report['memory_moments'], dict(run.report['memory_bytes'])
+    by.pop('total')
+    lines = memory_table(sums, by, run.place)
+    if run.report['memory_uncounted']:
+        lines.append(f"by formula, for it cannot be counted ({run.report['memory_uncounted']})")
+    if limit is None:
+        return lines
+    about, now = known(run), max(sums.values())
+    about = dict(states=about['states'], process=about['process'])
+    found = [] if now <= limit else fitting(run.cfg, run.shape, run.place, limit, run.choice, **about)
+    return lines + fit_lines(found, now, limit)
+
+def config_alone(
+    name:str,  # a model's folder, or its config.json
+)->bool:
+    "Whether there is a config without weights."
+    path = Path(name)
+    return path.suffix == '.json' or (path/'config.json').exists() and not list(path.glob('*.safetensors'))
+
 # %% ../nbs/16_run.ipynb #16-061
 def prepare_shape(
     cfg:RunConfig,  # options with a hub id as model
     unknown:list,  # gets a line for each thing that cannot be known
+    place:Place=None,  # see `settle`; None: settle now
 )->Run:  # model on the meta device, without weights; no packed rows where they are not to be had
     "What can be known of a run without weights: the article's shape, or the config of a model on the hub."
     from transformers import AutoConfig, AutoModelForCausalLM
-    run, article = Run(cfg), cfg.model == PRESETS['article']['model']
+    quiet()
+    run, article = Run(cfg, place or settle(cfg.dtype)), cfg.model == PRESETS['article']['model']
+    run.report['process_bytes'] = resident()
     if article:
-        run.model = model_shape(**LLAMA_2_7B)
+        run.model = model_shape(**LLAMA_2_7B).to(torch.bfloat16)
     else:
-        config = _load(AutoConfig.from_pretrained, cfg.model, trust_remote_code=cfg.trust_remote_code)
+        name = str(Path(cfg.model).parent) if cfg.model.endswith('.json') else cfg.model
+        config = _load(AutoConfig.from_pretrained, name, trust_remote_code=cfg.trust_remote_code)
         with torch.device('meta'):
             run.model = AutoModelForCausalLM.from_config(config)
-    dtype = torch.float32 if cfg.dtype == 'fp32' else torch.bfloat16
+    if cfg.dtype == 'auto':
+        run.place = Place(run.place.device, torch.bfloat16)
+    run.shape = twin(run.model, 'meta')
     run.choice = resolve_choice(cfg, run.model)
-    apply_choice(run.model, run.choice, dtype)
+    apply_choice(run.model, run.choice, run.place.dtype)
     unknown.append('speed, isolation and gradients: measured on loaded weights only')
     try:
         run.rows, bad = load_rows(cfg)
@@ -542,8 +648,10 @@ def check_disk(
     run,  # Run with report and folder
 )->None:
     "Refuse a disk that has no room for the result and the checkpoints."
-    m, trained = run.report['memory_bytes'], 4*run.report['trainable']
-    need = trained if run.cfg.method == 'lora' else m['frozen'] + m['trained']
+    trained = (2 if run.cfg.train_dtype == 'bf16' else 4)*run.report['trainable']
+    need = trained if run.cfg.method == 'lora' else run.report['model_bytes']
+    if run.large and run.cfg.method != 'lora':
+        need = trained + sum(file.stat().st_size for file in shards(run.large.folder))
     if run.cfg.save_every:
         need += 3*trained*(run.cfg.keep + 1)
     if run.cfg.final == 'best':
@@ -552,6 +660,16 @@ def check_disk(
     if need > free:
         raise Refused(f'{run.out}: the result takes {gib(need)}, and {gib(free)} are free there; free some space, '
                       'or give another --out')
+
+# %% ../nbs/16_run.ipynb #16-la5
+def try_saving_all(
+    run,  # Run with its folder
+)->None:
+    "Try before the first step what will be saved after the last one."
+    if run.large and run.cfg.method != 'lora':
+        try_saving_about(run.large, run.tokenizer, run.out)
+    else:
+        try_saving(run.model, run.tokenizer, run.out)
 
 # %% ../nbs/16_run.ipynb #16-069
 def write_start(
@@ -572,7 +690,7 @@ def begin(
     go_on(run)
     print('\n'.join(preflight_lines(run.report) + notes(run)), file=sys.stderr)
     check_disk(run)
-    try_saving(run.model, run.tokenizer, run.out)
+    try_saving_all(run)
     if not run.resume_from:
         write_start(run)
     return run.resume_from
@@ -585,6 +703,9 @@ def keep_states(
     where = run.report['prefix_cache']
     if where == 'off':
         return
+    if run.large:
+        keep_by_layer(run, where)
+        return
     trunk = Trunk(run.model, run.choice.first, run.step.attention)
     dtype, width = getattr(torch, run.report['state_dtype']), run.report['state_width']
     splits = (run.train, run.test)
@@ -593,6 +714,19 @@ def keep_states(
     else:
         name = states_name(run.manifest, run.choice.first)
         run.states = states_on_disk(name, trunk, splits, run.place.device, dtype, width)
+    run.train, run.test = with_row_numbers(run.train, run.test)
+
+# %% ../nbs/16_run.ipynb #16-la4
+def keep_by_layer(
+    run,  # Run with a large model; gets its states
+    where:str,  # memory or disk
+)->None:
+    "Send all rows through the frozen layers of a large model, one layer after another."
+    dtype, width = getattr(torch, run.report['state_dtype']), run.report['state_width']
+    name = states_name(run.manifest, run.choice.first)
+    run.large.tried = None
+    run.states = states_by_layer(run.large, (run.train, run.test), run.step.attention, run.place, where, name, dtype,
+                                 width)
     run.train, run.test = with_row_numbers(run.train, run.test)
 
 # %% ../nbs/16_run.ipynb #16-075
@@ -630,10 +764,12 @@ def build_trainer(
         trainer.add_callback(Rotate(trainer, cfg, run.report['steps']))
     if best.asked:
         trainer.add_callback(best)
-    if run.states is not None or run.place.sharded:
+    if run.large:
+        run.model, run.large.tried = None, None
+    elif run.states is not None or run.place.sharded:
         run.model = None
         run.whole.release(loss.tail)
-    if cfg.n_samples:
+    if cfg.n_samples and not run.large:
         trainer.add_callback(LLMSampleCB(trainer, run.rows['test'], cfg.n_samples, cfg.max_new_tokens,
                                          out/'samples.jsonl', run.whole.use_by_all, max_prompt_tokens=cfg.seq_len))
     for cb in (*tracker.callbacks, ReportCB(out), *callbacks):
@@ -694,9 +830,12 @@ def save_result(
 )->None:
     "Write RUN/model; if that cannot be, the trained weights alone, so that a finished training is never lost."
     def write():
+        if run.large and run.cfg.method != 'lora':
+            save_by_shard(run.large, tail.trained(), run.tokenizer, run.out/'model')
+            return
         with run.whole.use() as model:
             save_model(model, run.tokenizer, run.out/'model')
-            run.model = model
+            run.model = None if run.large else model
 
     try:
         take_best(run, tail)
@@ -721,9 +860,11 @@ def what_is_left(
 def in_a_line(
     e,  # an exception of a run
     run,  # Run with its report and folder
-    advice:str,  # see `memory_advice`
 ):  # an exception
     "One that says what to do, where that is known; else the same."
+    advice = ''
+    if out_of_memory(e):
+        advice = counted_advice(run.cfg, run.shape, run.place, run.choice, **known(run))
     failed = explained(e, run.cfg, run.out, advice, 12*run.report['trainable'])
     return shared(failed) if failed and getattr(e, 'shared', False) else failed or e
 

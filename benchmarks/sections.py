@@ -19,11 +19,13 @@ def sampling(model_id, rows, n, new_tokens):
 
     def single(p):
         enc = tok(p, return_tensors='pt').to(model.device)
-        with torch.no_grad(): out = model.generate(**enc, do_sample=False, pad_token_id=tok.pad_token_id, **length)
+        with torch.no_grad():
+            out = model.generate(**enc, do_sample=False, pad_token_id=tok.pad_token_id, **length)
         return tok.decode(out[0, enc['input_ids'].shape[1]:], skip_special_tokens=True)
 
     def timed(f):
-        t = time.monotonic(); res = f()
+        t = time.monotonic()
+        res = f()
         return time.monotonic() - t, res
 
     single(prompts[0])  # warm up
@@ -31,7 +33,8 @@ def sampling(model_id, rows, n, new_tokens):
     alone, c = timed(lambda: [single(p) for p in prompts])
     again, _ = timed(lambda: generate(prompts, model, tok, **length))
     batched = (once + again)/2
-    return dict(prompts=len(prompts), new_tokens=new, seconds_at_once=[once, again], seconds_one_at_a_time=alone, ratio=alone/batched,
+    return dict(prompts=len(prompts), new_tokens=new, seconds_at_once=[once, again], seconds_one_at_a_time=alone,
+                ratio=alone/batched,
                 same=sum(x == y for x, y in zip(a, c)), tokens_per_second_at_once=len(prompts)*new/batched)
 
 
@@ -49,11 +52,13 @@ def data_ours(model_id, rows, seq_len):
     pack_rows(run, bad)
     seconds = time.monotonic() - t
     n = sum(map(len, run.rows.values()))
-    return dict(rows=n, seconds=seconds, rows_per_second=n/seconds, packed=len(run.train) + len(run.test), process_peak_mib=memory('VmHWM'))
+    return dict(rows=n, seconds=seconds, rows_per_second=n/seconds, packed=len(run.train) + len(run.test),
+                process_peak_mib=memory('VmHWM'))
 
 
 def data_trl(model_id, rows, seq_len, text):
-    "TRL's path: load_dataset, map to its columns, and what SFTTrainer does with them before training (the model is a tiny one)."
+    """TRL's path: load_dataset, map to its columns, and what SFTTrainer does with them before training (the model is
+    a tiny one)."""
     import tempfile, torch
     import datasets
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -61,19 +66,23 @@ def data_trl(model_id, rows, seq_len, text):
     from contenders import prompt
     datasets.disable_progress_bars()
     tok = AutoTokenizer.from_pretrained(model_id)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=1, num_key_value_heads=1))
     def halves(r):
         whole = prompt(r)
         return dict(prompt=whole[:len(whole) - len(r['output'])], completion=r['output'])
     with tempfile.TemporaryDirectory() as tmp:
-        args = SFTConfig(output_dir=tmp, packing=True, max_length=int(seq_len), report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available())
+        args = SFTConfig(output_dir=tmp, packing=True, max_length=int(seq_len), report_to=[], disable_tqdm=True,
+                         use_cpu=not torch.cuda.is_available())
         t = time.monotonic()
         ds = datasets.load_dataset('json', data_files=rows, split='train', cache_dir=f'{tmp}/cache')
         n = len(ds)
-        ds = ds.map(lambda r: dict(text=prompt(r)) if text else halves(r), remove_columns=['instruction', 'input', 'output'])
+        ds = ds.map(lambda r: dict(text=prompt(r)) if text else halves(r),
+                    remove_columns=['instruction', 'input', 'output'])
         trainer = SFTTrainer(model, args=args, train_dataset=ds, processing_class=tok)
         seconds = time.monotonic() - t
-        return dict(rows=n, seconds=seconds, rows_per_second=n/seconds, packed=len(trainer.train_dataset), process_peak_mib=memory('VmHWM'))
+        return dict(rows=n, seconds=seconds, rows_per_second=n/seconds, packed=len(trainer.train_dataset),
+                    process_peak_mib=memory('VmHWM'))
 
 
 PARTS = {'sampling': sampling, 'data-alpaca_ft': data_ours, 'data-trl-text': lambda *a: data_trl(*a, True),
@@ -82,4 +91,5 @@ PARTS = {'sampling': sampling, 'data-alpaca_ft': data_ours, 'data-trl-text': lam
 if __name__ == '__main__':
     what, out, *rest = sys.argv[1:]
     result = PARTS[what](*rest)
-    with open(out, 'w') as f: json.dump(result, f)
+    with open(out, 'w') as f:
+        json.dump(result, f)

@@ -1,6 +1,5 @@
 "A tiny random model with a small tokenizer of its own, made once: real parts, no download."
 import json
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,8 @@ def tokenizer():
     t = Tokenizer(models.BPE())
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     t.train_from_iterator([create_prompt(r) for r in load_alpaca()['train']], trainers.BpeTrainer(
-        vocab_size=600, special_tokens=['<s>', '</s>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=600, special_tokens=['<s>', '</s>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', pad_token='</s>')
 
 
@@ -21,7 +21,8 @@ def tiny_model(vocab=600, **kw):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**dict(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+    return LlamaForCausalLM(LlamaConfig(**dict(vocab_size=vocab, hidden_size=32, intermediate_size=64,
+                                               num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1) | kw))
 
 
@@ -29,7 +30,8 @@ def tiny_model(vocab=600, **kw):
 def tiny(tmp_path_factory, tokenizer):
     "A folder that from_pretrained reads."
     folder = tmp_path_factory.mktemp('models')/'tiny'
-    tiny_model().save_pretrained(folder); tokenizer.save_pretrained(folder)
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -55,11 +57,17 @@ def command(capfd):
     def run(*argv):
         from alpaca_ft.cli import main
         capfd.readouterr()
-        try: code = main([str(a) for a in argv])
-        except SystemExit as e: code = e.code
+        try:
+            code = main([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code
         out, err = capfd.readouterr()
         return code, out, err
     return run
+
+
+CHROMIUM = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+            '--disable-component-update --disable-sync')
 
 
 @pytest.fixture(scope='module')
@@ -67,10 +75,14 @@ def browser():
     "Chromium, or a skip that says what is missing."
     import shutil
     chromium = shutil.which('chromium') or shutil.which('chromium-browser')
-    if not chromium: pytest.skip('no Chromium here; on Debian: apt-get install chromium')
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: pytest.skip('playwright is not installed; pip install playwright')
+    if not chromium:
+        pytest.skip('no Chromium here; on Debian: apt-get install chromium')
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.skip('playwright is not installed; pip install playwright')
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args='--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split())
+        b = p.chromium.launch(executable_path=chromium,
+                              args=CHROMIUM.split())
         yield b
         b.close()

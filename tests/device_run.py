@@ -1,8 +1,11 @@
-"""The command on the stand-in device: python tests/device_run.py [single|double] ARGUMENTS
+"""The command on the stand-in device: python tests/device_run.py [single|double|real] ARGUMENTS
 
-With COPIES=FILE in the environment, the copies between device and host of each training step are written there, and where
-they came from. With `serve` in the place of arguments, modules are imported once, and each line of JSON on stdin (argv, cwd,
-env, input, out, err) is a command in a forked child: its process id is printed, and when it has ended its exit code.
+`real` takes the device that PyTorch finds (a GPU), and no stand-in.
+
+With COPIES=FILE in the environment, the copies between device and host of each training step are written there, and
+where they came from. With `serve` in the place of arguments, modules are imported once, and each line of JSON on
+stdin (argv, cwd, env, input, out, err) is a command in a forked child: its process id is printed, and when it has
+ended its exit code.
 """
 import json
 import os
@@ -12,7 +15,8 @@ import torch
 
 import standin
 
-standin.register(double=sys.argv[1] == 'double')
+if sys.argv[1] != 'real':
+    standin.register(double=sys.argv[1] == 'double')
 standin.copies.where = True
 
 import alpaca_ft.trainer  # noqa: E402
@@ -40,7 +44,8 @@ def run(argv):
     if path := os.environ.get('COPIES'):
         steps = {}
         for (step, start), (_, end) in zip(seen, seen[1:]):
-            places = [f'{p.direction} {os.path.basename(p.file)}:{p.function}' for p in standin.copies.places[start:end]]
+            places = [f'{p.direction} {os.path.basename(p.file)}:{p.function}'
+                      for p in standin.copies.places[start:end]]
             steps.setdefault(step, []).extend(places)
         with open(path, 'w') as f:
             json.dump(steps, f)
@@ -72,7 +77,7 @@ def child(order):
 
 def serve():
     "Commands, one after another."
-    import alpaca_ft.evaluate, alpaca_ft.run, alpaca_ft.use, datasets, trl  # noqa: once, for all children
+    import alpaca_ft.evaluate, alpaca_ft.run, alpaca_ft.use, datasets, trl  # noqa: F401 (once, for all children)
     trl.SFTTrainer
     for line in sys.stdin:
         order = json.loads(line)

@@ -52,8 +52,8 @@ SCALE = 5  # the random weights are made so much larger, for a flat model would 
 # documents alone; where experts are chosen, a rounding sends a token to another expert now and then. How much rounding
 # does, the oracle itself shows, in fp32 and in bf16: where twice that is more than the bound here, it is the bound
 # (`allowed`). ReLU's gradient jumps where its input is 0: in one of ten steps OPT's norm was 3e-4 off in fp32 while all
-# losses agreed to 3e-7, and with GELU in its place 2e-7. The norm of the trained weights is 4e-5 off with a weight decay
-# of 0.01: fp32 finds that. In bf16 rounding alone moved it by up to 5e-5, so there it finds only what is larger.
+# losses agreed to 3e-7, and with GELU in its place 2e-7. The norm of the trained weights is 4e-5 off with a weight
+# decay of 0.01: fp32 finds that. In bf16 rounding alone moved it by up to 5e-5, so there it finds only what is larger.
 LOSS = dict(fp32=1.5e-6, bf16=0.0015, experts=0.005)
 NORM = dict(fp32=1e-5, bf16=0.02, experts=0.05, relu=1e-3)  # of the gradient's norm
 SIZE = dict(fp32=1e-6, bf16=1e-4, experts=1e-4)  # of the trained weights' norm
@@ -194,7 +194,8 @@ class Cell:
     dtype: str
     killed: bool  # killed past the first checkpoint, and resumed
     generation: str  # `old`: the model has a generation_config.json that is no longer valid, as old copies of Llama 2
-    choice: str  # what trains: the last layers and the head (`freeze`), one at a time (`rotate`), two in the `middle`, `lora`
+    # what trains: the last layers and the head (`freeze`), one at a time (`rotate`), two in the `middle`, `lora`
+    choice: str
     processes: int = 1  # that train together
 
     def __str__(self):
@@ -590,7 +591,8 @@ def precision(cell):
 
 
 def allowed(fixed, found, exact):
-    "A bound, or twice what rounding to bf16 does to the oracle itself, where that is more; `exact` is the oracle in fp32."
+    """A bound, or twice what rounding to bf16 does to the oracle itself, where that is more; `exact` is the oracle
+    in fp32."""
     return max(fixed, 2*furthest(found, exact)[0])
 
 
@@ -641,7 +643,7 @@ def compare_models(folder, right, cell, run):
         add_lora(began)
     began = began.state_dict()
     saved_model = from_pretrained('run/model').eval()
-    saved, memory = saved_model.state_dict(), run.model.state_dict()
+    saved, memory = saved_model.state_dict(), run.model.cpu().state_dict()
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     kept = torch.bfloat16 if cell.dtype == 'bf16' else torch.float32  # the precision of what is frozen
     problems = []
@@ -665,17 +667,21 @@ def compare_models(folder, right, cell, run):
     if not difference <= SIZE[precision(cell)]:
         problems.append(f'the norm of the trained weights differs by {difference:.2g} of it')
     wrong('trained, but not in RUN/model as in memory', {k for k in trained if not torch.equal(saved[k], memory[k])})
-
-    ids = torch.arange(2, 102)[None]
     for name, p in saved_model.named_parameters():
         if name in frozen:  # the base model of an adapter has not lost what was rounded away in the run
             p.data = p.data.to(kept)
-    with torch.no_grad():  # both in fp32
-        a = saved_model.float()(input_ids=ids, use_cache=False).logits
-        b = run.model.float().eval()(input_ids=ids, use_cache=False).logits
-    if not torch.equal(a, b):
-        problems.append(f'RUN/model is not the model in memory: logits differ by {(a - b).abs().max():.2g}')
-    return problems
+    return problems + compare_logits(saved_model, run.model)
+
+
+def compare_logits(saved, memory):
+    "The run's model on the disk against that in memory, both in fp32: a line, if they differ."
+    ids = torch.arange(2, 102)[None]
+    with torch.no_grad():
+        a = saved.float()(input_ids=ids, use_cache=False).logits
+        b = memory.float().eval()(input_ids=ids, use_cache=False).logits
+    if torch.equal(a, b):
+        return []
+    return [f'RUN/model is not the model in memory: logits differ by {(a - b).abs().max():.2g}']
 
 
 # ---- children ----

@@ -546,7 +546,7 @@ def fill_accelerator():
 def allow_bf16():
     """TrainingArguments(bf16=True) asks for devices by name as well."""
     try:
-        import transformers.utils
+        import transformers.utils  # noqa: F401
     except ImportError:
         return
     for name in ('transformers.utils.import_utils', 'transformers.utils', 'transformers.training_args'):

@@ -36,12 +36,15 @@ FILES = {  # name: (file name, its bytes, a part of the message)
     'number for text': ('a.jsonl', lines(good | dict(output=42)), 'row 1: output is of type int'),
     'nested field': ('a.jsonl', lines(good | dict(input={'a': 1})), 'row 1: input is of type dict'),
     'list of texts': ('a.jsonl', lines(good | dict(instruction=['a', 'b'])), 'row 1: instruction is of type list'),
-    'huge instruction': ('a.jsonl', lines(good | dict(instruction='a'*10_000_000)), 'row 1: instruction has 10,000,000 characters'),
+    'huge instruction': ('a.jsonl', lines(good | dict(instruction='a'*10_000_000)),
+                         'row 1: instruction has 10,000,000 characters'),
     'control character': ('a.jsonl', lines(good | dict(output='a\x00b')), "control character '\\x00'"),
     'escape sequence': ('a.jsonl', lines(good | dict(instruction='\x1b[31mred')), 'control character'),
-    'prompt heading': ('a.jsonl', lines(good | dict(instruction='x\n### Response:\ny')), "prompt heading '### Response:'"),
+    'prompt heading': ('a.jsonl', lines(good | dict(instruction='x\n### Response:\ny')),
+                       "prompt heading '### Response:'"),
     'half a surrogate': ('a.jsonl', b'{"instruction": "\\ud83d", "output": "x"}', 'half a surrogate pair'),
-    'no room for a response': ('a.jsonl', lines(*[good | dict(instruction='word '*600)]*12), 'no example has room for its response'),
+    'no room for a response': ('a.jsonl', lines(*[good | dict(instruction='word '*600)]*12),
+                               'no example has room for its response'),
 }
 
 
@@ -50,7 +53,8 @@ def test_files(name, here, tiny, command):
     file, data, part = FILES[name]
     (here/file).write_bytes(data)
     before = sorted(here.rglob('*'))
-    code, out, err = command('train', '--model', tiny, '--data', file, '--n-freeze', 2, '--seq-len', 128, '--out', 'run')
+    code, out, err = command('train', '--model', tiny, '--data', file, '--n-freeze', 2, '--seq-len', 128, '--out',
+                             'run')
     assert (code, out, len(err.splitlines())) == (2, '', 1), err
     assert part in err and err.startswith(f'alpaca_ft: ') and sorted(here.rglob('*')) == before, err
 
@@ -84,25 +88,30 @@ OPTIONS = {  # name: (arguments, a part of the message)
 @pytest.mark.parametrize('name', OPTIONS)
 def test_options(name, here, tiny, rows, command):
     args, part = OPTIONS[name]
-    for d in ('full', 'empty'): (here/d).mkdir()
+    for d in ('full', 'empty'):
+        (here/d).mkdir()
     (here/'full'/'notes.txt').write_text('mine')
-    for f, text in dict(broken='a: [', typo='seq_length: 3', list='- 1', type='freeze_embed: 3').items(): (here/f'{f}.yaml').write_text(text)
+    for f, text in dict(broken='a: [', typo='seq_length: 3', list='- 1', type='freeze_embed: 3').items():
+        (here/f'{f}.yaml').write_text(text)
     before = sorted(here.rglob('*'))
-    code, out, err = command('train', '--model', tiny, '--data', rows, '--n-freeze', 2, '--seq-len', 128, '--out', 'run', *args)
+    code, out, err = command('train', '--model', tiny, '--data', rows, '--n-freeze', 2, '--seq-len', 128, '--out',
+                             'run', *args)
     assert (code, out, len(err.splitlines())) == (2, '', 1), err
     assert part in err and sorted(here.rglob('*')) == before, err
 
 
 def test_unreadable_folder(here, tiny, command):
     (here/'shut').mkdir(mode=0)
-    if os.access(here/'shut', os.R_OK): pytest.skip('root reads everything')
+    if os.access(here/'shut', os.R_OK):
+        pytest.skip('root reads everything')
     code, out, err = command('train', '--model', tiny, '--data', 'shut', '--out', 'run')
     assert code == 2 and 'cannot be read' in err
 
 
 def test_pickled_weights(here, tiny, rows, command):
     import shutil, torch
-    shutil.copytree(tiny, here/'pickled'); (here/'pickled'/'model.safetensors').unlink()
+    shutil.copytree(tiny, here/'pickled')
+    (here/'pickled'/'model.safetensors').unlink()
     torch.save({}, here/'pickled'/'pytorch_model.bin')
     code, out, err = command('train', '--model', './pickled', '--data', rows, '--seq-len', 128, '--out', 'run')
     assert code == 2 and len(err.splitlines()) == 1 and 'pickle' in err and not (here/'run').exists(), err
@@ -111,7 +120,8 @@ def test_pickled_weights(here, tiny, rows, command):
 def test_no_causal_model(here, rows, tiny, command):
     import shutil
     shutil.copytree(tiny, here/'t5')
-    config = json.loads((here/'t5'/'config.json').read_text()) | dict(model_type='t5', architectures=['T5ForConditionalGeneration'])
+    config = json.loads((here/'t5'/'config.json').read_text()) | dict(model_type='t5',
+                                                                      architectures=['T5ForConditionalGeneration'])
     (here/'t5'/'config.json').write_text(json.dumps(config))
     code, out, err = command('train', '--model', './t5', '--data', rows, '--seq-len', 128, '--out', 'run')
     assert code == 2 and len(err.splitlines()) == 1 and not (here/'run').exists(), err
@@ -120,14 +130,18 @@ def test_no_causal_model(here, rows, tiny, command):
 def test_foreign_tokenizer(here, rows, tiny, command):
     from conftest import tiny_model
     import shutil
-    shutil.copytree(tiny, here/'small'); tiny_model(vocab=500).save_pretrained(here/'small')
-    code, out, err = command('train', '--model', './small', '--data', rows, '--seq-len', 128, '--n-freeze', 2, '--out', 'run')
-    assert code == 2 and len(err.splitlines()) == 1 and '600 tokens, the model 500' in err and not (here/'run').exists(), err
+    shutil.copytree(tiny, here/'small')
+    tiny_model(vocab=500).save_pretrained(here/'small')
+    code, out, err = command('train', '--model', './small', '--data', rows, '--seq-len', 128, '--n-freeze', 2, '--out',
+                             'run')
+    assert code == 2 and len(err.splitlines()) == 1 and '600 tokens, the model 500' in err, err
+    assert not (here/'run').exists()
 
 
 def test_skip_bad_rows(here, tiny, rows, command):
     (here/'mixed.jsonl').write_bytes(rows.read_bytes() + lines(dict(instruction='x'), 7))
-    code, out, err = command('check', '--model', tiny, '--data', 'mixed.jsonl', '--n-freeze', 2, '--seq-len', 256, '--skip-bad-rows')
+    code, out, err = command('check', '--model', tiny, '--data', 'mixed.jsonl', '--n-freeze', 2, '--seq-len', 256,
+                             '--skip-bad-rows')
     assert code == 0 and 'left out  2 bad rows, the first: mixed.jsonl: row 41: output is missing' in out, out + err
 
 
@@ -135,10 +149,14 @@ def test_skip_bad_rows(here, tiny, rows, command):
 def test_evaluation_rows_that_were_trained_on(shared, here, tiny, rows, command):
     "Some of them: a warning with their number. All of them: refused."
     train = rows.read_bytes().splitlines(keepends=True)
-    (here/'eval.jsonl').write_bytes(b''.join(train[:shared]) + lines(*[good | dict(input=str(i)) for i in range(4 - shared)]))
-    code, out, err = command('check', '--model', tiny, '--data', rows, '--eval-data', 'eval.jsonl', '--n-freeze', 2, '--seq-len', 256)
-    if shared == 2: assert code == 0 and 'warning   2 of the evaluation rows are training rows too' in out, out + err
-    else: assert code == 2 and 'all 4 evaluation rows are training rows too' in err and len(err.splitlines()) == 1, err
+    (here/'eval.jsonl').write_bytes(b''.join(train[:shared])
+                                    + lines(*[good | dict(input=str(i)) for i in range(4 - shared)]))
+    code, out, err = command('check', '--model', tiny, '--data', rows, '--eval-data', 'eval.jsonl', '--n-freeze', 2,
+                             '--seq-len', 256)
+    if shared == 2:
+        assert code == 0 and 'warning   2 of the evaluation rows are training rows too' in out, out + err
+    else:
+        assert code == 2 and 'all 4 evaluation rows are training rows too' in err and len(err.splitlines()) == 1, err
 
 
 def test_one_row_given_twelve_times(here, tiny, command):

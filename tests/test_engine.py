@@ -70,7 +70,8 @@ def test_finished_training_is_not_lost(here, tiny, rows, monkeypatch):
     from alpaca_ft import Failed
     import alpaca_ft.run
     monkeypatch.setattr(alpaca_ft.run, 'save_model', lambda *args: (_ for _ in ()).throw(OSError('no way')))
-    with pytest.raises(Failed, match='could not be written .no way.; the trained weights are in run/trained.safetensors'):
+    with pytest.raises(Failed,
+                       match='could not be written .no way.; the trained weights are in run/trained.safetensors'):
         train(run_config(tiny, rows, 'run'))
     weights = load_file('run/trained.safetensors')
     assert 'lm_head.weight' in weights and 'model.layers.3.mlp.up_proj.weight' in weights
@@ -170,7 +171,8 @@ def change_merges():
 
 
 CHANGES = {
-    'rope theta': (lambda: change_config(rope_parameters=dict(rope_theta=500., rope_type='default')), [], "model's config"),
+    'rope theta': (lambda: change_config(rope_parameters=dict(rope_theta=500., rope_type='default')), [],
+                   "model's config"),
     'activation': (lambda: change_config(hidden_act='gelu'), [], "model's config"),
     'merges': (change_merges, [], 'tokenizer is not the same'),
     'precision': (lambda: None, ['--dtype', 'bf16'], 'dtype was fp32 and is bf16'),
@@ -214,7 +216,8 @@ def test_stopped_at_the_last_step(begun, rows, tmp_path, monkeypatch, command):
     "A checkpoint of the last step leaves nothing to train, and the model to be saved."
     shutil.copytree(begun, tmp_path/'w')
     monkeypatch.chdir(tmp_path/'w')
-    args = ['train', '--model', './model', '--data', rows, *OPTIONS, '--max-steps', 4, '--lr', '1e-3', '--save-every', 2,
+    args = ['train', '--model', './model', '--data', rows, *OPTIONS, '--max-steps', 4, '--lr', '1e-3', '--save-every',
+            2,
             '--out', 'run', '--resume']
     assert command(*args)[0] == 0
     weights = Path('run/model/model.safetensors').read_bytes()
@@ -286,7 +289,8 @@ def test_full_disk_while_states_are_written(here, tiny, rows, cache):
     "No file may grow beyond 100 kB: one line, not SIGBUS."
     code = ('import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); '
             'from alpaca_ft.cli import main; sys.exit(main())')
-    args = ['train', '--model', tiny, '--data', rows, *OPTIONS, '--epochs', '3', '--prefix-cache', 'disk', '--out', 'run']
+    args = ['train', '--model', tiny, '--data', rows, *OPTIONS, '--epochs', '3', '--prefix-cache', 'disk', '--out',
+            'run']
     r = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
     assert r.returncode == 2 and 'cannot be written' in r.stderr.splitlines()[-1], r.stderr
     assert not list(cache.rglob('*.part')) and not list(cache.rglob('*.bin')) and not Path('run').exists()
@@ -496,7 +500,8 @@ def test_none_and_epochs(command, tiny, rows, here):
 
 
 def test_head_alone_is_said(here, tiny, rows, command):
-    code, out, err = command('check', '--model', tiny, '--data', rows, '--n-freeze', 4, '--seq-len', 256, '--dtype', 'fp32')
+    code, out, err = command('check', '--model', tiny, '--data', rows, '--n-freeze', 4, '--seq-len', 256, '--dtype',
+                             'fp32')
     assert code == 0 and 'warning   all 4 layers are frozen, so the head alone is trained' in out, out
 
 
@@ -538,7 +543,8 @@ def test_remote_code_goes_along(here, tiny, monkeypatch):
     import alpaca_ft.use as use
     seen = []
     monkeypatch.setattr(use, 'find_model', lambda run: ('folder', dict(trust_remote_code=True)))
-    monkeypatch.setattr(use, 'load_model', lambda name, dtype=None, trust_remote_code=False: seen.append(trust_remote_code))
+    monkeypatch.setattr(use, 'load_model', lambda name, dtype=None,
+                        trust_remote_code=False: seen.append(trust_remote_code))
     monkeypatch.setattr(use, 'load_tokenizer', lambda name, trust: seen.append(trust))
     use.load_both('run')
     assert seen == [True, True]

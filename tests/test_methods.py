@@ -89,7 +89,8 @@ def tied(tmp_path_factory, tokenizer):
 # the head
 
 def test_frozen_head_stays_tied(here, tied, rows):
-    "Without --train-head a tied head stays the embedding, and both stay as they were; the layers train as in plain PyTorch."
+    """Without --train-head a tied head stays the embedding, and both stay as they were; the layers train as in plain
+    PyTorch."""
     run = train(run_config(tied, rows, 'run', train_head=False, prefix_cache='memory'))
     saved, began = load('run/model'), load(tied)
     assert saved.lm_head.weight is saved.model.embed_tokens.weight and saved.config.tie_word_embeddings
@@ -262,7 +263,8 @@ def test_lora_stays_in_its_layers(family):
 
 
 def test_lora_is_drawn_from_the_seed_alone(tiny):
-    "Whatever was drawn before, the matrices are the same, and the next random number is the one that it would have been."
+    """Whatever was drawn before, the matrices are the same, and the next random number is the one that it would have
+    been."""
     from alpaca_ft.model import apply_choice, load_model, resolve_choice
     drawn = []
     for before, seed in ((0, 1), (7, 1), (0, 2)):
@@ -284,9 +286,11 @@ def test_adapter(which, request, here, rows):
     folder = request.getfixturevalue(which)
     run = train(run_config(folder, rows, 'run', method='lora', prefix_cache='memory', lr=1e-2))
     names = {p.name for p in Path('run/model').iterdir()}
-    assert {'adapter_config.json', 'adapter_model.safetensors', 'tokenizer.json'} <= names and 'config.json' not in names
+    assert {'adapter_config.json', 'adapter_model.safetensors', 'tokenizer.json'} <= names
+    assert 'config.json' not in names
     about = json.loads(Path('run/model/adapter_config.json').read_text())
-    assert about['base_model_name_or_path'] == str(folder) and about['target_modules'] == sorted(about['target_modules'])
+    assert about['base_model_name_or_path'] == str(folder)
+    assert about['target_modules'] == sorted(about['target_modules'])
     right = logits(run.model.eval())
     assert (logits(load(folder)) - right).abs().max() > 0.01  # it was trained
     assert torch.equal(logits(load('run/model')), right)
@@ -502,7 +506,8 @@ def test_last_is_the_default(here, few):
 
 @pytest.mark.parametrize('method', ['freeze', 'lora'])
 def test_best_of_a_killed_run(method, here, few):
-    "Killed at several steps, each time resumed: the same best model, stopped after the same step, as the run left alone."
+    """Killed at several steps, each time resumed: the same best model, stopped after the same step, as the run left
+    alone."""
     kw = dict(few=few, method=method, prefix_cache='memory', save_every=2, patience=3, max_steps=12)
     train(best_config(out='whole', **kw))
     found = held_out('whole', 'eval_response_loss')
@@ -520,7 +525,8 @@ def test_best_of_a_killed_run(method, here, few):
         assert losses(out) == losses('whole'), first
         same_files(f'{out}/model', 'whole/model')
         assert Path(out, 'best.json').read_bytes() == Path('whole/best.json').read_bytes()
-        assert [p.name for p in sorted(Path(out, 'best').iterdir())] == [p.name for p in sorted(Path('whole/best').iterdir())]
+        assert [p.name for p in sorted(Path(out, 'best').iterdir())] == [p.name
+                                                                         for p in sorted(Path('whole/best').iterdir())]
 
 
 def test_best_weights_stay_while_a_checkpoint_needs_them(here, few):
@@ -555,7 +561,8 @@ def test_checkpoint_whose_best_is_gone(here, few, capfd):
 
 def test_patience(here, few, command):
     "A clean end, said in one line, with the result saved; no checkpoints are needed."
-    options = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 2, '--n-samples', 0, '--dtype', 'fp32', '--lr', '0.05',
+    options = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 2, '--n-samples', 0, '--dtype', 'fp32', '--lr',
+               '0.05',
                '--eval-every', 1, '--warmup', 0, '--max-steps', 12, '--patience', 2]
     code, out, err = command('train', '--model', few/'model', '--data', few/'train.jsonl', '--eval-data',
                              few/'test.jsonl', '--out', 'run', *options)
@@ -609,9 +616,11 @@ REFUSED = {
     'nothing': (['--n-freeze', 4, '--no-train-head'], 'nothing of LlamaForCausalLM would train'),
     'no part': (['--n-freeze', '1.5'], 'give a whole number, a part such as 0.75, or auto'),
     'more layers than there are': (['--n-freeze', 5], 'give 0 to 4'),
-    'lora and the head': (['--method', 'lora', '--train-head', '--n-freeze', 2], 'leaves head and embedding as they are'),
+    'lora and the head': (['--method', 'lora', '--train-head', '--n-freeze', 2],
+                          'leaves head and embedding as they are'),
     'lora on nothing': (['--method', 'lora', '--n-freeze', 4], 'no linear module of LlamaForCausalLM is chosen'),
-    'no such target': (['--method', 'lora', '--n-freeze', 2, '--lora-targets', 'q_proj,w9'], "'w9' is no linear module"),
+    'no such target': (['--method', 'lora', '--n-freeze', 2, '--lora-targets', 'q_proj,w9'],
+                       "'w9' is no linear module"),
     'rank without lora': (['--lora-rank', 4, '--n-freeze', 2], 'lora_rank is 4, but method is freeze'),
     'full of some layers': (['--method', 'full', '--layers', '1-2'], 'which trains all layers'),
     'full without head': (['--method', 'full', '--no-train-head'], 'which trains the head too'),

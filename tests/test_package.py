@@ -12,22 +12,26 @@ import pytest
 root = Path(__file__).parent.parent
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
 chapters = {m[1]: p for p in notebooks if (m := re.search(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8')))}
-ORDER = ('formats data files processes options templates prompts packing model manifest gguf_file sampling trainer evaluate prefix '
-         'speed memory checkpoints tracking report run use cli').split()  # a module imports from those before it
+ORDER = ('formats data files processes options templates prompts packing model manifest gguf_file sampling trainer '
+         'evaluate prefix speed memory layers checkpoints tracking report run use cli').split()  # imports from before
 
 
-def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+def python(code):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.parametrize('module', ['alpaca_ft', 'alpaca_ft.cli', 'alpaca_ft.data', 'alpaca_ft.files', 'alpaca_ft.options'])
+@pytest.mark.parametrize('module',
+                         ['alpaca_ft', 'alpaca_ft.cli', 'alpaca_ft.data', 'alpaca_ft.files', 'alpaca_ft.options'])
 def test_imports_nothing_heavy(module):
-    assert python(f"import sys, {module}; print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'wandb', 'numpy', 'pyarrow') if m in sys.modules])") == '[]'
+    heavy = ('torch', 'transformers', 'trl', 'datasets', 'wandb', 'numpy', 'pyarrow')
+    assert python(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])") == '[]'
 
 
 def test_lazy_names():
     import alpaca_ft
     from importlib import import_module
-    for name, module in alpaca_ft._where.items(): assert name in import_module(f'alpaca_ft.{module}').__all__, name
+    for name, module in alpaca_ft._where.items():
+        assert name in import_module(f'alpaca_ft.{module}').__all__, name
     assert set(alpaca_ft._modules) | {'cli'} == set(chapters)
 
 
@@ -50,10 +54,13 @@ def test_documented():
         module = import_module(f'alpaca_ft.{name}')
         for x in module.__all__:
             f = getattr(module, x)
-            if not callable(f): continue
+            if not callable(f):
+                continue
             assert f.__doc__, f'{name}.{x}'
-            if isinstance(f, type): continue
-            named = [k for k, p in inspect.signature(f).parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+            if isinstance(f, type):
+                continue
+            named = [k for k,
+                     p in inspect.signature(f).parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
             undocumented = [k for k, v in docments(f).items() if v is None and k in named]
             assert not undocumented, f'{name}.{x}: {undocumented}'
 
@@ -68,29 +75,38 @@ def test_notebook(path):
     for c in code:
         for o in c['outputs']:
             assert o['output_type'] != 'error' and 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})
-            assert not re.search(r'/(root|home|tmp|work)/', json.dumps(o)), f'{path.name}: a path of the machine in an output'
+            assert not re.search(r'/(root|home|tmp|work)/',
+                                 json.dumps(o)), f'{path.name}: a path of the machine in an output'
 
 
 def test_constraints():
-    "Every pinned version that is installed here installs on the oldest Python that is promised, and everything installed for the package is pinned."
+    """Every pinned version that is installed here installs on the oldest Python that is promised, and everything
+    installed for the package is pinned."""
     from configparser import ConfigParser
     from importlib.metadata import distribution
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
     from packaging.utils import canonicalize_name as canon
-    c = ConfigParser(); c.read(root/'settings.ini'); oldest = c['DEFAULT']['min_python'] + '.0'
-    pins = dict((canon(n), v) for n, v in (l.split('==') for l in (root/'constraints.txt').read_text().splitlines() if '==' in l))
+    c = ConfigParser()
+    c.read(root/'settings.ini')
+    oldest = c['DEFAULT']['min_python'] + '.0'
+    pins = dict((canon(n), v) for n,
+                v in (l.split('==') for l in (root/'constraints.txt').read_text().splitlines() if '==' in l))
     todo = [(Requirement(r), {''}) for k in ('requirements', 'dev_requirements') for r in c['DEFAULT'][k].split()]
     seen = set()
     while todo:
         r, extras = todo.pop()  # and the extras that were asked for of the package that requires it
-        if r.marker and not any(r.marker.evaluate({'extra': e}) for e in extras): continue
+        if r.marker and not any(r.marker.evaluate({'extra': e}) for e in extras):
+            continue
         name, key = canon(r.name), (canon(r.name), *sorted(r.extras))
-        if key in seen: continue
+        if key in seen:
+            continue
         seen.add(key)
         d = distribution(name)
         assert name in pins, f'{name} {d.version} is not in constraints.txt'
-        if d.version.split('+')[0] == pins[name]: assert SpecifierSet(d.metadata.get('Requires-Python') or '').contains(oldest), f"{name} {d.version} needs Python {d.metadata['Requires-Python']}"
+        if d.version.split('+')[0] == pins[name]:
+            needed = d.metadata.get('Requires-Python') or ''
+            assert SpecifierSet(needed).contains(oldest), f'{name} {d.version} needs Python {needed}'
         todo += [(Requirement(x), {'', *r.extras}) for x in d.requires or ()]
     assert len(seen) > 100
 
@@ -98,7 +114,30 @@ def test_constraints():
 def test_chapter_numbers():
     "Two digits each, none twice; those of chapters that are not written yet are kept free."
     numbers = [int(p.stem[:2]) for p in notebooks if p.stem[:2].isdigit()]
-    assert len(set(numbers)) == len(numbers) and set(range(19)) - set(numbers) <= {0, 10, 14}
+    assert len(set(numbers)) == len(numbers) and set(range(19)) - set(numbers) <= {10, 14}
+
+
+SCREEN = 40  # lines of a function's body
+
+
+def sources():
+    "(name, Python) of every module, script and notebook cell."
+    for folder in ('alpaca_ft', 'tests', 'tools', 'benchmarks'):
+        for path in sorted((root/folder).glob('*.py')):
+            yield path.name, path.read_text(encoding='utf-8')
+    for path in notebooks:
+        for i, cell in enumerate(json.loads(path.read_text(encoding='utf-8'))['cells']):
+            if cell['cell_type'] == 'code':
+                yield f'{path.name}[{i}]', ''.join(cell['source'])
+
+
+def test_functions_fit_a_screen():
+    "ruff counts statements; this counts lines."
+    for name, code in sources():
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.body[0].lineno + 1
+                assert lines <= SCREEN, f'{name}: {node.name} has {lines} lines'
 
 
 LINE = 120  # columns
@@ -118,8 +157,10 @@ def test_lines():
 # Names of other libraries that begin with an underscore and are used all the same: (module, name, why).
 PRIVATE = {
     ('cli', '_actions'): "argparse's list of options, to name the nearest one; it has no public one",
-    ('manifest', '_attn_implementation'): 'a key of a config as text, left out of its digest: how attention is computed is no part of a model',
-    ('manifest', '_name_or_path'): 'a key of a config as text, left out of its digest: where a model came from is no part of it',
+    ('manifest', '_attn_implementation'):
+        'a key of a config as text, left out of its digest: how attention is computed is no part of a model',
+    ('manifest', '_name_or_path'):
+        'a key of a config as text, left out of its digest: where a model came from is no part of it',
 }
 
 
@@ -132,7 +173,8 @@ def test_private_names():
         for node in ast.walk(trees[name]):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 own.add(node.name)
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and getattr(node.value, 'id', '') == 'self':
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and getattr(node.value, 'id',
+                                                                                               '') == 'self':
                 own.add(node.attr)
     found = set()
     for name, tree in trees.items():
@@ -155,5 +197,7 @@ def test_private_names_are_there():
     config = LlamaConfig(name_or_path='somewhere')
     config._attn_implementation = 'sdpa'
     about = config.to_dict()
-    assert '_name_or_path' in about, 'transformers no longer writes _name_or_path: the digest of a config may depend on where it is'
-    assert hasattr(config, '_attn_implementation'), 'transformers renamed _attn_implementation: look at manifest.config_digest'
+    assert '_name_or_path' in about, ('transformers no longer writes _name_or_path: '
+                                      'the digest of a config may depend on where it is')
+    assert hasattr(config,
+                   '_attn_implementation'), 'transformers renamed _attn_implementation: look at manifest.config_digest'

@@ -7,7 +7,8 @@ import torch
 from alpaca_ft import RunConfig, train
 
 
-def losses(run): return [(l['step'], l[k]) for l in map(json.loads, open(run.out/'metrics.jsonl')) for k in ('loss', 'eval_loss', 'eval_response_loss') if k in l]
+def losses(run): return [(l['step'], l[k]) for l in map(json.loads, open(run.out/'metrics.jsonl'))
+                         for k in ('loss', 'eval_loss', 'eval_response_loss') if k in l]
 
 
 @pytest.fixture(scope='module')
@@ -15,7 +16,8 @@ def gpt2(tmp_path_factory, tokenizer):
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('gpt2')
-    GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=4, n_head=4, n_positions=512, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=4, n_head=4, n_positions=512, resid_pdrop=0.,
+                               embd_pdrop=0., attn_pdrop=0., bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -24,31 +26,41 @@ def gpt2(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize('where', ['memory', 'disk'])
 def test_same_run(which, where, request, rows, tmp_path, monkeypatch):
     monkeypatch.setenv('ALPACA_FT_CACHE', str(tmp_path/'cache'))
-    kw = dict(model=str(request.getfixturevalue(which)), data=str(rows), n_freeze=3, seq_len=256, batch_size=4, micro_batch_size=2, epochs=3, n_samples=1,
+    kw = dict(model=str(request.getfixturevalue(which)), data=str(rows), n_freeze=3, seq_len=256, batch_size=4,
+              micro_batch_size=2, epochs=3, n_samples=1,
               max_new_tokens=4, lr=1e-3, dtype='fp32')
     a, b = (train(RunConfig(out=str(tmp_path/w), prefix_cache=w, **kw)) for w in ('off', where))
     assert b.report['prefix_cache'] == where and a.report['prefix_cache'] == 'off'
-    for (s, x), (t, y) in zip(losses(a), losses(b), strict=True): assert s == t and abs(x - y) < 1e-5
-    for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-5)
+    for (s, x), (t, y) in zip(losses(a), losses(b), strict=True):
+        assert s == t and abs(x - y) < 1e-5
+    for p, q in zip(a.model.parameters(), b.model.parameters()):
+        assert torch.allclose(p, q, atol=1e-5)
     assert (tmp_path/'a').exists() is False and list((tmp_path/where/'model').iterdir())
 
 
 def test_resumed(tiny, rows, tmp_path):
-    kw = dict(model=str(tiny), data=str(rows), n_freeze=3, seq_len=256, batch_size=2, epochs=2, n_samples=1, max_new_tokens=4, lr=1e-3, dtype='fp32', prefix_cache='memory', save_every=2)
+    kw = dict(model=str(tiny), data=str(rows), n_freeze=3, seq_len=256, batch_size=2, epochs=2, n_samples=1,
+              max_new_tokens=4, lr=1e-3, dtype='fp32', prefix_cache='memory', save_every=2)
     import shutil
     whole = train(RunConfig(out=str(tmp_path/'whole'), **kw))
-    shutil.copytree(tmp_path/'whole', tmp_path/'killed'); shutil.rmtree(tmp_path/'killed'/'model')
+    shutil.copytree(tmp_path/'whole', tmp_path/'killed')
+    shutil.rmtree(tmp_path/'killed'/'model')
     newest = max((tmp_path/'killed'/'checkpoints').iterdir(), key=lambda p: int(p.name.split('-')[1]))
     shutil.rmtree(newest)
     again = train(RunConfig(out=str(tmp_path/'killed'), resume=True, **kw))
     assert losses(again) == losses(whole)
-    for p, q in zip(whole.model.parameters(), again.model.parameters()): assert torch.equal(p, q)
+    for p, q in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize('kw, part', [(dict(n_freeze=0), 'no frozen layers'), (dict(n_freeze=4), 'no layer is trained'), (dict(freeze_embed=False), 'embedding is trained')])
+@pytest.mark.parametrize('kw, part',
+                         [(dict(n_freeze=0), 'no frozen layers'), (dict(n_freeze=4), 'no layer is trained'),
+                          (dict(freeze_embed=False), 'embedding is trained')])
 def test_refused(kw, part, tiny, rows, here):
     from alpaca_ft import Refused
-    with pytest.raises(Refused, match=part): train(RunConfig(**(dict(model=str(tiny), data=str(rows), n_freeze=2, seq_len=256, out='run', prefix_cache='memory') | kw)))
+    with pytest.raises(Refused, match=part):
+        train(RunConfig(**(dict(model=str(tiny), data=str(rows), n_freeze=2, seq_len=256, out='run',
+                                prefix_cache='memory') | kw)))
     assert not (here/'run').exists()
 
 

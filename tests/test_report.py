@@ -14,11 +14,13 @@ NASTY = '<script>document.title = "pwned"</script><img src=x onerror="document.t
 @pytest.fixture(scope='module')
 def runs(tiny, rows, tmp_path_factory):
     out = tmp_path_factory.mktemp('seen')
-    common = dict(model=str(tiny), data=str(rows), n_freeze=2, seq_len=256, n_samples=3, max_new_tokens=8, dtype='fp32', max_steps=6)
+    common = dict(model=str(tiny), data=str(rows), n_freeze=2, seq_len=256, n_samples=3, max_new_tokens=8, dtype='fp32',
+                  max_steps=6)
     a = train(RunConfig(out=str(out/'one $x$ <b>'), **common)).out
     b = train(RunConfig(out=str(out/'two'), **common | dict(loss_on='response', lr=1e-3))).out
     first = json.loads((b/'samples.jsonl').read_text().splitlines()[0])
-    with open(b/'samples.jsonl', 'a') as f: f.write(json.dumps(first | dict(step=6, generation=NASTY)) + '\n')
+    with open(b/'samples.jsonl', 'a') as f:
+        f.write(json.dumps(first | dict(step=6, generation=NASTY)) + '\n')
     return a, b
 
 
@@ -26,14 +28,17 @@ def runs(tiny, rows, tmp_path_factory):
 def page(browser):
     pages = []
     def open_page(path, **kw):
-        p = browser.new_page(**kw); pages.append(p)
+        p = browser.new_page(**kw)
+        pages.append(p)
         p.problems, p.requests = [], []
-        p.on('console', lambda m: p.problems.append(m.text)); p.on('pageerror', lambda e: p.problems.append(str(e)))
+        p.on('console', lambda m: p.problems.append(m.text))
+        p.on('pageerror', lambda e: p.problems.append(str(e)))
         p.on('request', lambda r: p.requests.append(r.url))
         p.goto(path.resolve().as_uri())
         return p
     yield open_page
-    for p in pages: p.close()
+    for p in pages:
+        p.close()
 
 
 def test_written_by_train(runs):
@@ -54,17 +59,20 @@ def test_browser(runs, page):
 def test_search_by_keyboard(runs, page):
     p = page(runs[0]/'report.html')
     word = read_run(runs[0])['samples'][0]['reference'][:30]
-    p.keyboard.press('/'); p.keyboard.type(word)
+    p.keyboard.press('/')
+    p.keyboard.type(word)
     assert p.locator('.prompt:visible').count() == 1 and '1 of 3' in p.locator('#found').inner_text()
     p.keyboard.press('Escape')
     assert p.locator('.prompt:visible').count() == 3
-    p.keyboard.press('/'); p.keyboard.type('no such words')
+    p.keyboard.press('/')
+    p.keyboard.type('no such words')
     assert p.locator('.prompt:visible').count() == 0
 
 
 def test_generation_stays_text(runs, page, tmp_path):
     p = page(write_report(runs, tmp_path/'both.html'))
-    assert p.problems == [] and 'pwned' not in p.title() and p.locator('script').count() == 1 and p.locator('img').count() == 0
+    assert p.problems == [] and 'pwned' not in p.title() and p.locator('script').count() == 1
+    assert p.locator('img').count() == 0
     text = p.locator('.prompt').first.inner_text()
     assert '<script>document.title' in text and '\\x1b]0;t\\x07' in text and '\\u202e' in text
 
@@ -73,7 +81,8 @@ def test_compared(runs, page, tmp_path):
     assert [k for k, _ in differing([read_run(r) for r in runs])] == ['lr', 'loss_on']
     p = page(write_report(runs, tmp_path/'both.html'))
     assert '2 runs compared' in p.inner_text('header') and 'loss_on' in p.inner_text('main')
-    assert p.locator('.prompt').first.locator('.say').count() == 4 + 5 + 1  # evaluations of both, the line added above, the reference
+    # evaluations of both, the line added above, the reference
+    assert p.locator('.prompt').first.locator('.say').count() == 4 + 5 + 1
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
@@ -85,17 +94,21 @@ def test_phone(runs, page, tmp_path, scheme):
 
 
 def test_unfinished_and_empty(tmp_path, runs):
-    run = tmp_path/'young'; run.mkdir()
+    run = tmp_path/'young'
+    run.mkdir()
     shutil.copy(runs[0]/'config.yaml', run)
     assert 'No samples yet' in write_report([run]).read_text() and 'not finished' in (run/'report.html').read_text()
 
 
 def test_size(tmp_path, runs):
     "Long runs stay under 2 MB, and say what they leave out."
-    run = tmp_path/'long'; shutil.copytree(runs[0], run)
+    run = tmp_path/'long'
+    shutil.copytree(runs[0], run)
     line = json.loads((run/'samples.jsonl').read_text().splitlines()[0])
-    (run/'samples.jsonl').write_text(''.join(json.dumps(line | dict(step=i, prompt=f'{k}', generation='x'*1000)) + '\n' for i in range(300) for k in range(10)))
-    (run/'metrics.jsonl').write_text(''.join(json.dumps(dict(step=i, loss=1 + i % 7, eval_loss=2., eval_response_loss=None, tokens_per_second=5)) + '\n' for i in range(20_000)))
+    (run/'samples.jsonl').write_text(''.join(json.dumps(line | dict(step=i, prompt=f'{k}', generation='x'*1000)) + '\n'
+                                             for i in range(300) for k in range(10)))
+    (run/'metrics.jsonl').write_text(''.join(json.dumps(dict(step=i, loss=1 + i % 7, eval_loss=2.,
+            eval_response_loss=None, tokens_per_second=5)) + '\n' for i in range(20_000)))
     assert len(write_report([run]).read_bytes()) < 2_000_000
     cards, left = sample_cards([read_run(run)])
     assert cards[0]['answers'][0]['step'] == 0 and cards[0]['answers'][-1]['step'] == 299 and 'left out' in left
@@ -103,6 +116,7 @@ def test_size(tmp_path, runs):
 
 
 def test_refusals(here, runs, command):
-    for argv, why in ((['nowhere'], 'not a run folder'), ([*runs[:1]*7], 'one to six'), ([runs[0], '--to', 'no/such/folder.html'], 'cannot be written')):
+    for argv, why in ((['nowhere'], 'not a run folder'), ([*runs[:1]*7], 'one to six'),
+                      ([runs[0], '--to', 'no/such/folder.html'], 'cannot be written')):
         code, out, err = command('report', *argv)
         assert code == 2 and why in err and len(err.splitlines()) == 1

@@ -10,7 +10,8 @@ from alpaca_ft import RunConfig, load_model, train
 @pytest.fixture(scope='module')
 def done(tiny, rows, tmp_path_factory):
     out = tmp_path_factory.mktemp('runs')/'run'
-    return train(RunConfig(model=str(tiny), data=str(rows), out=str(out), n_freeze=2, seq_len=256, batch_size=4, epochs=2, n_samples=3, max_new_tokens=8, lr=1e-3, dtype='fp32'))
+    return train(RunConfig(model=str(tiny), data=str(rows), out=str(out), n_freeze=2, seq_len=256, batch_size=4,
+                           epochs=2, n_samples=3, max_new_tokens=8, lr=1e-3, dtype='fp32'))
 
 
 def read(path): return [json.loads(l) for l in path.read_text().splitlines()]
@@ -18,7 +19,8 @@ def read(path): return [json.loads(l) for l in path.read_text().splitlines()]
 
 def test_moved_and_frozen(done, tiny):
     old = dict(load_model(str(tiny)).named_parameters())
-    for k, p in done.model.named_parameters(): assert torch.equal(p, old[k]) != p.requires_grad, k
+    for k, p in done.model.named_parameters():
+        assert torch.equal(p, old[k]) != p.requires_grad, k
 
 
 def test_metrics(done):
@@ -29,14 +31,16 @@ def test_metrics(done):
     assert evals[0]['step'] == 0 and evals[-1]['step'] == steps[-1] and all('eval_response_loss' in r for r in evals)
     assert [r for r in rows if 'loss' in r][-1]['tokens'] == 2*done.report['train']['packed_tokens']
     samples = read(done.out/'samples.jsonl')
-    assert len(samples) == 3*len(evals) and all(s['reference'] and s['prompt'].endswith('### Response:\n') for s in samples)
+    assert len(samples) == 3*len(evals)
+    assert all(s['reference'] and s['prompt'].endswith('### Response:\n') for s in samples)
 
 
 def test_saved_model(done):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     again = AutoModelForCausalLM.from_pretrained(done.out/'model').eval()
     ids = torch.tensor([done.train[0]['input_ids'][:50]])
-    with torch.no_grad(): assert torch.equal(again(ids).logits, done.model.eval()(ids).logits)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, done.model.eval()(ids).logits)
     assert again.generation_config.eos_token_id == done.tokenizer.eos_token_id
     assert AutoTokenizer.from_pretrained(done.out/'model')('Hi')['input_ids'] == done.tokenizer('Hi')['input_ids']
 
@@ -48,11 +52,13 @@ def test_config(done):
     assert json.loads((done.out/'preflight.json').read_text())['isolated'] is True
 
 
-def test_no_leftovers(done): assert sorted(p.name for p in done.out.iterdir()) == ['config.yaml', 'metrics.jsonl', 'model', 'preflight.json', 'report.html', 'samples.jsonl']
+def test_no_leftovers(done): assert sorted(p.name for p in done.out.iterdir()) == ['config.yaml', 'metrics.jsonl',
+        'model', 'preflight.json', 'report.html', 'samples.jsonl']
 
 
 def test_diverged(here, tiny, rows, command):
-    code, out, err = command('train', '--model', tiny, '--data', rows, '--n-freeze', 2, '--seq-len', 256, '--lr', '1e30', '--warmup', '0', '--out', 'run', '--n-samples', 0)
+    code, out, err = command('train', '--model', tiny, '--data', rows, '--n-freeze', 2, '--seq-len', 256, '--lr',
+                             '1e30', '--warmup', '0', '--out', 'run', '--n-samples', 0)
     assert code == 3 and 'the step was not taken' in err.splitlines()[-1]
     assert not (here/'run'/'model').exists()
 

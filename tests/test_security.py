@@ -10,15 +10,19 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parent.parent
-OPTIONS = ['--n-freeze', '2', '--seq-len', '256', '--max-steps', '2', '--eval-every', '2', '--n-samples', '1', '--max-new-tokens', '2', '--save-every', '1']
+OPTIONS = ['--n-freeze', '2', '--seq-len', '256', '--max-steps', '2', '--eval-every', '2', '--n-samples', '1',
+           '--max-new-tokens', '2', '--save-every', '1']
 
 
 def alpaca_ft(*args, env=(), cwd=None, wait=True):
     "The command in a process of its own, with a home of its own."
     e = {k: v for k, v in os.environ.items() if not k.startswith(('WANDB', 'HF_', 'HUGGING'))}
-    e |= dict(HOME=str(cwd or Path.cwd()), OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])])) | dict(env)
-    p = subprocess.Popen([sys.executable, '-c', 'import sys; from alpaca_ft.cli import main; sys.exit(main())', *map(str, args)],
-                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=e, cwd=cwd)
+    e |= dict(HOME=str(cwd or Path.cwd()), OMP_NUM_THREADS='1',
+              PYTHONPATH=os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])])) | dict(env)
+    p = subprocess.Popen([sys.executable, '-c', 'import sys; from alpaca_ft.cli import main; sys.exit(main())',
+                          *map(str, args)],
+                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=e,
+                         cwd=cwd)
     return finished(p) if wait else p
 
 
@@ -33,32 +37,44 @@ def untrusted(here, tiny):
     for kind in ('known', 'unknown'):
         folder = here/kind
         shutil.copytree(tiny, folder)
-        (folder/'evil.py').write_text(f'open({str(here/"sentinel")!r}, "w").close()\n'
-            'from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n'
-            'class EvilConfig(LlamaConfig): model_type = "llama" if KIND == "known" else "evil"\n'.replace('KIND', repr(kind)) +
-            'class EvilModel(LlamaForCausalLM): config_class = EvilConfig\nclass EvilTokenizer(PreTrainedTokenizerFast): pass\n')
-        config = json.loads((folder/'config.json').read_text()) | dict(auto_map=dict(AutoConfig='evil.EvilConfig', AutoModelForCausalLM='evil.EvilModel'))
-        if kind == 'unknown': config['model_type'] = 'evil'
+        sentinel, known = str(here/'sentinel'), 'llama' if kind == 'known' else 'evil'
+        (folder/'evil.py').write_text(f'''open({sentinel!r}, "w").close()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class EvilConfig(LlamaConfig): model_type = {known!r}
+class EvilModel(LlamaForCausalLM): config_class = EvilConfig
+class EvilTokenizer(PreTrainedTokenizerFast): pass
+''')
+        config = json.loads((folder/'config.json').read_text()) | dict(auto_map=dict(AutoConfig='evil.EvilConfig',
+                AutoModelForCausalLM='evil.EvilModel'))
+        if kind == 'unknown':
+            config['model_type'] = 'evil'
         (folder/'config.json').write_text(json.dumps(config))
-        tok = json.loads((folder/'tokenizer_config.json').read_text()) | dict(auto_map=dict(AutoTokenizer=[None, 'evil.EvilTokenizer']), tokenizer_class='EvilTokenizer')
+        tok = json.loads((folder/'tokenizer_config.json').read_text()) | dict(auto_map=dict(AutoTokenizer=[None,
+                'evil.EvilTokenizer']), tokenizer_class='EvilTokenizer')
         (folder/'tokenizer_config.json').write_text(json.dumps(tok))
     return here
 
 
 def test_no_remote_code(untrusted, rows):
     for kind in ('known', 'unknown'):
-        code, out, err = alpaca_ft('check', '--model', f'./{kind}', '--data', rows, *OPTIONS, env=dict(HF_HOME=str(untrusted/'hf')))
+        code, out, err = alpaca_ft('check', '--model', f'./{kind}', '--data', rows, *OPTIONS,
+                                   env=dict(HF_HOME=str(untrusted/'hf')))
         assert not (untrusted/'sentinel').exists() and 'Traceback' not in err, (kind, err)
         assert code == 0 or code == 2 and len(err.splitlines()) == 1, err
-    code, out, err = alpaca_ft('check', '--model', './known', '--data', rows, '--trust-remote-code', *OPTIONS, env=dict(HF_HOME=str(untrusted/'hf')))
+    code, out, err = alpaca_ft('check', '--model', './known', '--data', rows, '--trust-remote-code', *OPTIONS,
+                               env=dict(HF_HOME=str(untrusted/'hf')))
     assert (untrusted/'sentinel').exists(), 'the sentinel does not work: ' + err
 
 
 def test_nothing_that_runs_code():
     "No pickles, no evaluation of text, no shell, no remote code by default in the package."
     for p in sorted((root/'alpaca_ft').glob('*.py')):
-        found = re.findall(r'torch\.(?:load|save)\(|\bpickle\b|allow_pickle|\b(?:eval|exec)\(|shell=True|yaml\.(?:load|unsafe_load)\(|trust_remote_code=True|weights_only=False', p.read_text(encoding='utf-8'))
-        assert [f for f in found if f != 'eval('] == [] and len(re.findall(r'(?<!\.)\beval\(', p.read_text(encoding='utf-8'))) == 0, (p.name, found)
+        found = re.findall(r'torch\.(?:load|save)\(|\bpickle\b|allow_pickle|\b(?:eval|exec)\(|shell=True'
+                           r'|yaml\.(?:load|unsafe_load)\(|trust_remote_code=True|weights_only=False',
+                           p.read_text(encoding='utf-8'))
+        assert [f for f in found
+                if f != 'eval('] == [] and len(re.findall(r'(?<!\.)\beval\(',
+                                                          p.read_text(encoding='utf-8'))) == 0, (p.name, found)
     from alpaca_ft import RunConfig
     assert RunConfig().trust_remote_code is False
 
@@ -67,7 +83,8 @@ def test_config_is_data(here):
     "A YAML file cannot make objects."
     from alpaca_ft import read_config, Refused
     (here/'evil.yaml').write_text(f'model: !!python/object/apply:os.mkdir [{here}/made]\n')
-    with pytest.raises(Refused): read_config('evil.yaml')
+    with pytest.raises(Refused):
+        read_config('evil.yaml')
     assert not (here/'made').exists()
 
 
@@ -80,16 +97,20 @@ def test_pickled_checkpoint(here, tiny, rows, command):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(here/'made'),)
     step = here/'run'/'checkpoints'/'step-2'
-    data = pickle.dumps(Evil()); (step/'weights.safetensors').write_bytes(data)
-    manifest = json.loads((step/'manifest.json').read_text()) | {'weights.safetensors': dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())}
+    data = pickle.dumps(Evil())
+    (step/'weights.safetensors').write_bytes(data)
+    manifest = json.loads((step/'manifest.json').read_text()) | {'weights.safetensors': dict(bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest())}
     (step/'manifest.json').write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match='header'): command(*args, '--resume')
+    with pytest.raises(Exception, match='header'):
+        command(*args, '--resume')
     assert not (here/'made').exists() and not (here/'run'/'model').exists()
 
 
 @pytest.mark.parametrize('name', ['../../../etc/x:v0', 'a/b/..:..', 'a/b/c:latest'])
 def test_artifact_stays_in_its_folder(name, here, monkeypatch):
-    "An artifact's name does not lead out of the cache; the names of its files are checked by W&B, which this holds it to."
+    """An artifact's name does not lead out of the cache; the names of its files are checked by W&B, which this holds
+    it to."""
     import wandb
     from types import SimpleNamespace as NS
     from wandb.sdk.artifacts._validators import validate_fspath
@@ -98,14 +119,19 @@ def test_artifact_stays_in_its_folder(name, here, monkeypatch):
     asked = []
     class Artifact:
         digest = 'd1'
-        def download(self, root, skip_cache): asked.append(Path(root)); Path(root).mkdir(parents=True); return root
+        def download(self, root, skip_cache):
+            asked.append(Path(root))
+            Path(root).mkdir(parents=True)
+            return root
         def verify(self, root):
-            if not Path(root).exists(): raise ValueError('no copy yet')
+            if not Path(root).exists():
+                raise ValueError('no copy yet')
     monkeypatch.setattr(wandb, 'Api', lambda **kw: NS(artifact=lambda name, type: Artifact()))
     fetch_artifact(name)
     assert asked[0].resolve().parent == (here/'cache'/'artifacts').resolve()
     for path in ('../outside', '/etc/passwd', 'a/../../outside'):
-        with pytest.raises(ValueError): validate_fspath(str(here), path)
+        with pytest.raises(ValueError):
+            validate_fspath(str(here), path)
 
 
 RECORDER = '''
@@ -125,14 +151,16 @@ socket.getaddrinfo = socket.gethostbyname = getaddrinfo
 
 def serve(handler):
     import http.server, threading
-    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler); s.daemon_threads = True
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    s.daemon_threads = True
     threading.Thread(target=s.serve_forever, daemon=True).start()
     return f'http://127.0.0.1:{s.server_port}'
 
 
 @pytest.fixture(scope='module')
 def tracked(tmp_path_factory, tiny, rows):
-    "Four runs with --track wandb: no key; a key and no network; a server that answers 500; one that hangs. {name: (folder, code, out, err)}"
+    """Four runs with --track wandb: no key; a key and no network; a server that answers 500; one that hangs. {name:
+    (folder, code, out, err)}"""
     import http.server, time
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_GET(self): self.send_error(500)
@@ -142,17 +170,23 @@ def tracked(tmp_path_factory, tiny, rows):
         def do_GET(self): time.sleep(60)
         do_POST = do_GET
     key = dict(WANDB_API_KEY='planted'*5 + 'wandb', HF_TOKEN='hf_planted_hub', HUGGING_FACE_HUB_TOKEN='hf_planted_hub')
-    hooks = tmp_path_factory.mktemp('hooks'); (hooks/'sitecustomize.py').write_text(RECORDER)
-    recorded = dict(CONTACTS=str(hooks/'contacts'), PYTHONPATH=os.pathsep.join([str(hooks), str(root), *filter(None, [os.environ.get('PYTHONPATH')])]))
-    cases = {'no key': recorded, 'no network': key | dict(WANDB_BASE_URL='http://127.0.0.1:9'), 'answers 500': key | dict(WANDB_BASE_URL=serve(Broken)), 'hangs': key | dict(WANDB_BASE_URL=serve(Silent))}
+    hooks = tmp_path_factory.mktemp('hooks')
+    (hooks/'sitecustomize.py').write_text(RECORDER)
+    recorded = dict(CONTACTS=str(hooks/'contacts'),
+                    PYTHONPATH=os.pathsep.join([str(hooks), str(root), *filter(None, [os.environ.get('PYTHONPATH')])]))
+    cases = {'no key': recorded, 'no network': key | dict(WANDB_BASE_URL='http://127.0.0.1:9'),
+             'answers 500': key | dict(WANDB_BASE_URL=serve(Broken)), 'hangs': key | dict(WANDB_BASE_URL=serve(Silent))}
     started = {}
     for name, env in cases.items():
         folder = tmp_path_factory.mktemp('tracked')
-        started[name] = folder, alpaca_ft('train', '--model', tiny, '--data', 'builtin' if name == 'no key' else rows, *OPTIONS, '--track', 'wandb', '--out', 'run', env=env, cwd=folder, wait=False)
-        if len(started) == 2: [p.wait(200) for _, p in started.values()]  # two at a time
+        started[name] = folder, alpaca_ft('train', '--model', tiny, '--data', 'builtin' if name == 'no key' else rows,
+                                          *OPTIONS, '--track', 'wandb', '--out', 'run', env=env, cwd=folder, wait=False)
+        if len(started) == 2:
+            [p.wait(200) for _, p in started.values()]  # two at a time
     done = {k: (folder, *finished(p)) for k, (folder, p) in started.items()}
     seen = (hooks/'contacts').exists() and (hooks/'contacts').read_text()
-    subprocess.run([sys.executable, '-c', 'import urllib.request; urllib.request.urlopen("http://127.0.0.1:9")'], env=os.environ | recorded, capture_output=True)
+    subprocess.run([sys.executable, '-c', 'import urllib.request; urllib.request.urlopen("http://127.0.0.1:9")'],
+                   env=os.environ | recorded, capture_output=True)
     assert (hooks/'contacts').exists(), 'the recorder does not work'
     return done | dict(contacts=seen)
 
@@ -165,7 +199,8 @@ def test_tracker_never_ends_a_run(name, tracked):
 
 
 def test_nothing_is_contacted(tracked):
-    "A run on the built-in rows, recorded by W&B without a key, with every outgoing connection refused and recorded: none is tried."
+    """A run on the built-in rows, recorded by W&B without a key, with every outgoing connection refused and
+    recorded: none is tried."""
     assert tracked['contacts'] is False and tracked['no key'][1] == 0, tracked['contacts']
 
 
@@ -174,7 +209,8 @@ def test_no_secret_is_written(tracked):
     for name, folder, code, out, err in ((k, *v) for k, v in tracked.items() if k != 'contacts'):
         files = [p for p in (folder/'run').rglob('*') if p.is_file()]
         assert len(files) > 10
-        for what, data in [*((p, p.read_bytes()) for p in files), ('output', (out + err).encode())]: assert b'planted' not in data, (name, what)
+        for what, data in [*((p, p.read_bytes()) for p in files), ('output', (out + err).encode())]:
+            assert b'planted' not in data, (name, what)
 
 
 def test_terminal_is_not_obeyed(here, tiny, command):
@@ -186,4 +222,5 @@ def test_terminal_is_not_obeyed(here, tiny, command):
 
 def test_rows_are_inert_in_names(tracked):
     "A run folder's file names do not come from rows or answers."
-    assert {p.name for p in (tracked['no key'][0]/'run').iterdir()} == {'config.yaml', 'preflight.json', 'metrics.jsonl', 'samples.jsonl', 'checkpoints', 'model', 'report.html', 'wandb-id.txt', 'wandb'}
+    assert {p.name for p in (tracked['no key'][0]/'run').iterdir()} == {'config.yaml', 'preflight.json',
+            'metrics.jsonl', 'samples.jsonl', 'checkpoints', 'model', 'report.html', 'wandb-id.txt', 'wandb'}

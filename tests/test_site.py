@@ -1,4 +1,5 @@
-"The site: built offline, every link and anchor resolves, nothing remote is loaded, readable on a phone and in the dark. And the README's links and badges."
+"""The site: built offline, every link and anchor resolves, nothing remote is loaded, readable on a phone and in the
+dark. And the README's links and badges."""
 import configparser
 import re
 import shutil
@@ -18,7 +19,8 @@ chapters = [p for p in pages if p not in ('index', 'solutions')]
 class Page(HTMLParser):
     "Links and anchors of a page."
     def __init__(self, text):
-        super().__init__(); self.links, self.ids = [], set()
+        super().__init__()
+        self.links, self.ids = [], set()
         self.feed(text)
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
@@ -29,12 +31,16 @@ class Page(HTMLParser):
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "The built site, made in a copy of the repository's files."
-    if not shutil.which('zensical', path=str(Path(sys.executable).parent)): pytest.skip('zensical is not installed; make docs installs it')
+    if not shutil.which('zensical', path=str(Path(sys.executable).parent)):
+        pytest.skip('zensical is not installed; make docs installs it')
     at = tmp_path_factory.mktemp('site')/'alpaca_ft'
     at.mkdir()
-    for name in ('nbs', 'alpaca_ft', 'tools'): shutil.copytree(root/name, at/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    for name in ('zensical.toml', 'settings.ini', *(p.name for p in root.glob('*.md'))): shutil.copy(root/name, at/name)
-    for cmd in ([sys.executable, 'tools/render.py', 'site', '_proc'], [str(Path(sys.executable).parent/'zensical'), 'build', '--clean']):
+    for name in ('nbs', 'alpaca_ft', 'tools'):
+        shutil.copytree(root/name, at/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('zensical.toml', 'settings.ini', *(p.name for p in root.glob('*.md'))):
+        shutil.copy(root/name, at/name)
+    for cmd in ([sys.executable, 'tools/render.py', 'site', '_proc'],
+                [str(Path(sys.executable).parent/'zensical'), 'build', '--clean']):
         r = subprocess.run(cmd, cwd=at, capture_output=True, text=True)
         assert r.returncode == 0, r.stdout + r.stderr
     return at/'_docs'
@@ -46,15 +52,23 @@ def test_links(site):
     assert {f'{p}.html' for p in pages} <= set(built)
     bad, seen = [], 0
     for name, page in built.items():
-        if name == '404.html': continue
+        if name == '404.html':
+            continue
         for link in page.links:
             u = urlparse(urljoin(f'http://here/{name}', link))
-            if u.netloc != 'here': continue
+            if u.netloc != 'here':
+                continue
             to = unquote(u.path).lstrip('/') or 'index.html'
-            if to.endswith('/'): to += 'index.html'
+            if to.endswith('/'):
+                to += 'index.html'
             seen += 1
-            if not (site/to).exists(): bad.append(f'{name}: {link}')
-            elif u.fragment and to in built and unquote(u.fragment) not in built[to].ids and not u.fragment.startswith('__'): bad.append(f'{name}: {link} (no such anchor)')
+            if not (site/to).exists():
+                bad.append(f'{name}: {link}')
+                continue
+            if not u.fragment or to not in built or u.fragment.startswith('__'):
+                continue
+            if unquote(u.fragment) not in built[to].ids:
+                bad.append(f'{name}: {link} (no such anchor)')
     assert not bad, bad[:20]
     assert seen > 500
 
@@ -74,12 +88,14 @@ def test_api(site):
     text = (site/'api.html').read_text(encoding='utf-8')
     ids, n = Page(text).ids, 0
     for p in (root/'nbs').glob('*.ipynb'):
-        if not (m := re.search(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8'))): continue
+        if not (m := re.search(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8'))):
+            continue
         module = import_module(f'alpaca_ft.{m[1]}')
         for name in module.__all__:
             obj = getattr(module, name)
             assert name.lower() in ids, name
-            if not inspect.isfunction(obj) or obj.__module__ != module.__name__: continue
+            if not inspect.isfunction(obj) or obj.__module__ != module.__name__:
+                continue
             first = inspect.getsource(obj).splitlines()
             line = inspect.getsourcelines(obj)[1]
             assert f'alpaca_ft/{m[1]}.py#L{line}"' in text and any(f'def {name}(' in l for l in first[:3]), name
@@ -94,7 +110,8 @@ def served(site):
     import functools, http.server, threading
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
-    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site)); s.daemon_threads = True
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
+    s.daemon_threads = True
     threading.Thread(target=s.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{s.server_port}'
     s.shutdown()
@@ -106,8 +123,11 @@ def problems_of(page, url):
     page.on('console', lambda m: problems.append(m.text) if m.type in ('error', 'warning') else None)
     page.on('pageerror', lambda e: problems.append(str(e)))
     page.on('requestfailed', lambda r: problems.append(f'failed: {r.url}'))
-    page.on('request', lambda r: None if r.url.startswith((url.rsplit('/', 1)[0], 'data:', 'blob:')) else problems.append(f'remote: {r.url}'))
-    page.goto(url); page.wait_for_load_state('networkidle')
+    page.on('request',
+            lambda r: None
+            if r.url.startswith((url.rsplit('/', 1)[0], 'data:', 'blob:')) else problems.append(f'remote: {r.url}'))
+    page.goto(url)
+    page.wait_for_load_state('networkidle')
     return problems
 
 
@@ -119,29 +139,38 @@ def test_page(served, browser, name):
         assert problems_of(page, f'{served}/{name}.html') == []
         assert page.locator('h1').first.is_visible()
         assert page.evaluate('document.documentElement.scrollWidth') <= 390
-        assert sum(map(int, re.findall(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[:3])) < 200
-        broken = page.evaluate('[...document.images].filter(i => i.loading != "lazy" && !i.naturalWidth).map(i => i.src)')
+        assert sum(map(int,
+                       re.findall(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[:3])) < 200
+        broken = page.evaluate('[...document.images].filter(i => i.loading != "lazy" && !i.naturalWidth)'
+                               '.map(i => i.src)')
         assert broken == []
-    finally: page.close()
+    finally:
+        page.close()
 
 
 def test_search(served, browser):
     page = browser.new_page(viewport=dict(width=1280, height=900))
     try:
-        page.goto(f'{served}/index.html'); page.wait_for_load_state('networkidle')
+        page.goto(f'{served}/index.html')
+        page.wait_for_load_state('networkidle')
         page.keyboard.press('/')
         page.keyboard.type('contamination', delay=30)
         page.wait_for_selector('a[href*="03_packing"]:visible', timeout=10_000)
-    finally: page.close()
+    finally:
+        page.close()
 
 
 def test_readme_links():
     "Files that the README names are there, and each chapter has a link and a Colab badge made of its path."
     text = (root/'README.md').read_text(encoding='utf-8')
     for link in re.findall(r'\]\(([^)\s]+)\)', text):
-        if not urlparse(link).scheme: assert (root/link.split('#')[0]).exists(), link
-    c = configparser.ConfigParser(); c.read(root/'settings.ini'); s = c['DEFAULT']
+        if not urlparse(link).scheme:
+            assert (root/link.split('#')[0]).exists(), link
+    c = configparser.ConfigParser()
+    c.read(root/'settings.ini')
+    s = c['DEFAULT']
     for name in chapters:
         assert f'](nbs/{name}.ipynb)' in text, name
-        assert f'[![Open in Colab](nbs/images/colab.svg)](https://colab.research.google.com/github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb)' in text, name
+        at = f'github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb'
+        assert f'[![Open in Colab](nbs/images/colab.svg)](https://colab.research.google.com/{at})' in text, name
     assert len(re.findall(r'colab\.research\.google\.com', text)) == len(chapters)

@@ -13,7 +13,8 @@ from alpaca_ft.templates import DATE, ChatTemplate
 
 STOCK = Path(trl.__file__).parent/'chat_templates'
 # what ends an answer in each of them, before another turn and at the end
-ENDS = dict(llama3=('<|eot_id|>',)*2, llama3_1=('<|eot_id|>',)*2, llama3_2=('<|eot_id|>',)*2, gemma=('<end_of_turn>',)*2,
+ENDS = dict(llama3=('<|eot_id|>',)*2, llama3_1=('<|eot_id|>',)*2, llama3_2=('<|eot_id|>',)*2,
+            gemma=('<end_of_turn>',)*2,
             gemma3=('<end_of_turn>',)*2, qwen2_5=('<|im_end|>',)*2, qwen3=('<|im_end|>',)*2, phi3=('<|end|>',)*2,
             cohere=('<|END_OF_TURN_TOKEN|>',)*2, gptoss=('<|end|>', '<|return|>'),
             deepseekv3=('<｜end▁of▁sentence｜>',)*2)

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from alpaca_ft import Refused, RunConfig, load_alpaca, train
-from alpaca_ft.tracking import split
 
 sys.path.insert(0, os.path.dirname(__file__))
 from wandb_loopback import Server  # noqa: E402
@@ -19,18 +18,23 @@ FILES = {'alpaca_gpt4_train.jsonl': ROW*5, 'alpaca_gpt4_eval.jsonl': ROW}
 @pytest.fixture(autouse=True)
 def apart(tmp_path, monkeypatch):
     "Nothing of the user's W&B or Trackio is read or written."
-    for k in ('WANDB_MODE', 'WANDB_API_KEY', 'WANDB_BASE_URL'): monkeypatch.delenv(k, raising=False)
-    for k in ('WANDB_DIR', 'WANDB_DATA_DIR', 'WANDB_CACHE_DIR', 'WANDB_CONFIG_DIR', 'TRACKIO_DIR', 'ALPACA_FT_CACHE', 'HOME'):
-        (tmp_path/k.lower()).mkdir(); monkeypatch.setenv(k, str(tmp_path/k.lower()))
+    for k in ('WANDB_MODE', 'WANDB_API_KEY', 'WANDB_BASE_URL'):
+        monkeypatch.delenv(k, raising=False)
+    for k in ('WANDB_DIR', 'WANDB_DATA_DIR', 'WANDB_CACHE_DIR', 'WANDB_CONFIG_DIR', 'TRACKIO_DIR', 'ALPACA_FT_CACHE',
+              'HOME'):
+        (tmp_path/k.lower()).mkdir()
+        monkeypatch.setenv(k, str(tmp_path/k.lower()))
 
 
 def records(folder):
-    out = subprocess.run([sys.executable, '-m', 'wandb', 'leet', 'inspect', '--json', str(next(folder.glob('wandb/offline-run-*')))], capture_output=True, text=True).stdout
+    out = subprocess.run([sys.executable, '-m', 'wandb', 'leet', 'inspect', '--json',
+                          str(next(folder.glob('wandb/offline-run-*')))], capture_output=True, text=True).stdout
     return [json.loads(l) for l in out.splitlines() if l.strip()]
 
 
 def tiny_run(tiny, rows, out, **kw):
-    return train(RunConfig(**(dict(model=str(tiny), data=str(rows), out=str(out), n_freeze=2, seq_len=256, n_samples=2, max_new_tokens=4, max_steps=4, eval_every=2, dtype='fp32') | kw)))
+    return train(RunConfig(**(dict(model=str(tiny), data=str(rows), out=str(out), n_freeze=2, seq_len=256, n_samples=2,
+                                   max_new_tokens=4, max_steps=4, eval_every=2, dtype='fp32') | kw)))
 
 
 def test_wandb_offline(tiny, rows, tmp_path):
@@ -38,40 +42,49 @@ def test_wandb_offline(tiny, rows, tmp_path):
     got = records(run.out)
     history = [r['history']['item'] for r in got if r['type'] == 'history']
     assert [h['train/global_step'] for h in history if 'train/loss' in h] == [1, 2, 3, 4]
-    assert [(h['train/global_step'], h['sample_predictions.nrows']) for h in history if 'sample_predictions.nrows' in h] == [(0, 2), (2, 4), (4, 6)]
+    assert [(h['train/global_step'], h['sample_predictions.nrows']) for h in history
+            if 'sample_predictions.nrows' in h] == [(0, 2), (2, 4), (4, 6)]
     model = [r['artifact'] for r in got if r['type'] == 'artifact' and r['artifact']['type'] == 'model']
-    assert len(model) == 1 and sorted(e['path'] for e in model[0]['manifest']['contents']) == sorted(p.name for p in (run.out/'model').iterdir())
+    assert len(model) == 1
+    assert sorted(e['path'] for e in model[0]['manifest']['contents']) == sorted(p.name
+                                                                                 for p in (run.out/'model').iterdir())
 
 
 def test_wandb_goes_on_in_the_same_run(tiny, rows, tmp_path):
     "A resumed run has the id of the one that it goes on with."
     import shutil
     run = tiny_run(tiny, rows, tmp_path/'run', track='wandb', save_every=2, n_samples=0)
-    shutil.rmtree(run.out/'model'); shutil.rmtree(run.out/'checkpoints'/'step-4')
+    shutil.rmtree(run.out/'model')
+    shutil.rmtree(run.out/'checkpoints'/'step-4')
     tiny_run(tiny, rows, tmp_path/'run', track='wandb', save_every=2, n_samples=0, resume=True)
     ids = [p.name for p in run.out.glob('wandb/offline-run-*/run-*.wandb')]
-    assert len(ids) == 2 and len(set(ids)) == 1 and ids[0] == f"run-{(run.out/'wandb-id.txt').read_text().strip()}.wandb", ids
+    assert len(ids) == 2 and len(set(ids)) == 1, ids
+    assert ids[0] == f"run-{(run.out/'wandb-id.txt').read_text().strip()}.wandb"
 
 
 def test_wandb_after_chdir(tmp_path):
     "W&B's service keeps the directory it was started in; a relative folder means the caller's directory all the same."
-    (tmp_path/'first').mkdir(); (tmp_path/'second').mkdir()
+    (tmp_path/'first').mkdir()
+    (tmp_path/'second').mkdir()
     code = ("import os, wandb; from alpaca_ft.tracking import finish_wandb, start_wandb\n"
             "wandb.setup(); os.chdir('../second'); os.mkdir('run')\n"
             "finish_wandb(start_wandb('run', 'run', 'alpaca_ft', decided=('offline', 'asked for')))")
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path/'first', check=True, capture_output=True)
-    assert list((tmp_path/'second'/'run'/'wandb').glob('offline-run-*/run-*.wandb')) and not list((tmp_path/'first').iterdir())
+    assert list((tmp_path/'second'/'run'/'wandb').glob('offline-run-*/run-*.wandb'))
+    assert not list((tmp_path/'first').iterdir())
 
 
 def test_wandb_unreachable(tiny, rows, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv('WANDB_API_KEY', 'x'*40); monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')
+    monkeypatch.setenv('WANDB_API_KEY', 'x'*40)
+    monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')
     run = tiny_run(tiny, rows, tmp_path/'run', track='wandb', n_samples=0, max_steps=1)
     assert 'W&B: offline (http://127.0.0.1:9 cannot be reached' in capfd.readouterr().err and records(run.out)
 
 
 def test_wandb_finished_after_an_error(tiny, rows, tmp_path):
     from alpaca_ft import Diverged
-    with pytest.raises(Diverged): tiny_run(tiny, rows, tmp_path/'run', track='wandb', lr=1e30, warmup=0., log_model=True)
+    with pytest.raises(Diverged):
+        tiny_run(tiny, rows, tmp_path/'run', track='wandb', lr=1e30, warmup=0., log_model=True)
     got = records(tmp_path/'run')
     assert [r['exit'].get('exit_code', r['exit'].get('exitCode')) for r in got if r['type'] == 'exit'] == [1]
     assert not [r for r in got if r['type'] == 'artifact' and r['artifact']['type'] == 'model']
@@ -85,7 +98,8 @@ def test_split(tmp_path, rows, command):
     got = records(tmp_path)
     data = [r['artifact'] for r in got if r['type'] == 'artifact' and r['artifact']['name'] == 'alpaca_gpt4_splitted']
     assert sorted(e['path'] for e in data[0]['manifest']['contents']) == sorted(FILES)
-    assert any('train_table.nrows' in r['history']['item'] and r['history']['item']['train_table.nrows'] == 35 for r in got if r['type'] == 'history')
+    assert any('train_table.nrows' in r['history']['item']
+               and r['history']['item']['train_table.nrows'] == 35 for r in got if r['type'] == 'history')
     code, out, err = command('split', rows, '--out', tmp_path/'parts')
     assert code == 2 and 'exists already' in err
     assert command('split', rows, '--out', tmp_path/'other', '--n-eval', 40)[0] == 2 and not (tmp_path/'other').exists()
@@ -94,24 +108,31 @@ def test_split(tmp_path, rows, command):
 @pytest.fixture
 def server(monkeypatch):
     s = Server(FILES)
-    monkeypatch.setenv('WANDB_API_KEY', 'x'*40); monkeypatch.setenv('WANDB_BASE_URL', s.url)
+    monkeypatch.setenv('WANDB_API_KEY', 'x'*40)
+    monkeypatch.setenv('WANDB_BASE_URL', s.url)
     yield s
-    s.shutdown(); s.server_close()
+    s.shutdown()
+    s.server_close()
 
 
 def test_download(server):
     ds = load_alpaca('me/proj/data:latest')
     assert (len(ds['train']), len(ds['test'])) == (5, 1)
-    assert [op for op, _ in server.seen if op != 'GET'] == ['Viewer', 'GetDefaultEntity', 'ServerFeaturesQuery', 'ArtifactMembershipByName', 'FetchArtifactManifest', 'GetArtifactMembershipFileUrls']
-    server.seen.clear(); load_alpaca('me/proj/data:latest')
+    assert [op for op, _ in server.seen if op != 'GET'] == ['Viewer', 'GetDefaultEntity', 'ServerFeaturesQuery',
+                                                            'ArtifactMembershipByName', 'FetchArtifactManifest',
+                                                            'GetArtifactMembershipFileUrls']
+    server.seen.clear()
+    load_alpaca('me/proj/data:latest')
     assert not [p for op, p in server.seen if op == 'GET' and p.startswith('/files/')]  # from the verified copy
 
 
-@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b.replace(b'"b"', b'"c"'), lambda b: b''], ids=['truncated', 'changed', 'empty'])
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b.replace(b'"b"', b'"c"'), lambda b: b''],
+                         ids=['truncated', 'changed', 'empty'])
 def test_damaged_download(server, damage):
     "Refused in one line, and good again when the server is."
     server.served = {k: damage(v) for k, v in FILES.items()}
-    with pytest.raises(Refused, match='W&B artifact not available') as e: load_alpaca('me/proj/data:latest')
+    with pytest.raises(Refused, match='W&B artifact not available') as e:
+        load_alpaca('me/proj/data:latest')
     assert '\n' not in str(e.value)
     server.served = dict(FILES)
     assert len(load_alpaca('me/proj/data:latest')['train']) == 5
@@ -121,24 +142,31 @@ def test_trackio(tiny, rows, tmp_path):
     pytest.importorskip('trackio', reason='trackio is not installed; pip install trackio')
     run = tiny_run(tiny, rows, tmp_path/'run', track='trackio')
     def get(metric):
-        out = subprocess.run(['trackio', 'get', 'metric', '--project', 'alpaca_ft', '--run', 'run', '--metric', metric, '--json'], capture_output=True, text=True)
+        out = subprocess.run(['trackio', 'get', 'metric', '--project', 'alpaca_ft', '--run', 'run', '--metric', metric,
+                              '--json'], capture_output=True, text=True)
         return [(v['step'], v['value']) for v in json.loads(out.stdout)['values']]
     metrics = [json.loads(l) for l in open(run.out/'metrics.jsonl')]
-    for key, name in (('loss', 'train/loss'), ('eval_loss', 'eval/loss'), ('eval_response_loss', 'eval/response_loss'), ('tokens_per_second', 'train/tokens_per_second')):
+    for key, name in (('loss', 'train/loss'), ('eval_loss', 'eval/loss'), ('eval_response_loss', 'eval/response_loss'),
+                      ('tokens_per_second', 'train/tokens_per_second')):
         assert get(name) == [(m['step'], pytest.approx(m[key])) for m in metrics if key in m], name
     assert [(s, len(v['_value'])) for s, v in get('sample_predictions')] == [(0, 2), (2, 4), (4, 6)]
 
 
 def test_trackio_absent(tiny, rows, here):
     "Refused before anything is written."
-    code = ("import sys; sys.modules['trackio'] = None\nimport importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'trackio' else find(n, *a)\n"
-            f"from alpaca_ft.cli import main; sys.exit(main(['train', '--model', {str(tiny)!r}, '--data', {str(rows)!r}, '--n-freeze', '2', '--seq-len', '256', '--track', 'trackio', '--out', 'run']))")
+    argv = ['train', '--model', str(tiny), '--data', str(rows), '--n-freeze', '2', '--seq-len', '256',
+            '--track', 'trackio', '--out', 'run']
+    code = ("import sys; sys.modules['trackio'] = None\nimport importlib.util as u; find = u.find_spec\n"
+            "u.find_spec = lambda n, *a: None if n == 'trackio' else find(n, *a)\n"
+            f"from alpaca_ft.cli import main; sys.exit(main({argv!r}))")
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert r.returncode == 2 and 'pip install trackio' in r.stderr and len(r.stderr.splitlines()) == 1 and not (here/'run').exists()
+    assert r.returncode == 2 and 'pip install trackio' in r.stderr and len(r.stderr.splitlines()) == 1
+    assert not (here/'run').exists()
 
 
 def test_log_model_needs_wandb(tiny, rows, here):
-    with pytest.raises(Refused, match='--track wandb'): tiny_run(tiny, rows, 'run', log_model=True)
+    with pytest.raises(Refused, match='--track wandb'):
+        tiny_run(tiny, rows, 'run', log_model=True)
     assert not (here/'run').exists()
 
 
@@ -148,7 +176,10 @@ def test_push(tiny, rows, tmp_path, command):
     code, out, err = command('export', run.out, '--to', tmp_path/'handed', '--push', 'wandb:tuned')
     assert code == 0, err
     sent = [r['artifact'] for r in records(tmp_path) if r['type'] == 'artifact' and r['artifact']['name'] == 'tuned']
-    assert sorted(e['path'] for e in sent[0]['manifest']['contents']) == sorted(p.name for p in (tmp_path/'handed').iterdir())
-    code = f"from alpaca_ft.cli import main; import sys; sys.exit(main(['export', {str(run.out)!r}, '--to', {str(tmp_path/'other')!r}, '--push', 'hub:me/tuned']))"
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(HF_ENDPOINT='http://127.0.0.1:9', HF_TOKEN='hf_x'))
+    assert sorted(e['path'] for e in sent[0]['manifest']['contents']) == sorted(p.name
+                                                                                for p in (tmp_path/'handed').iterdir())
+    argv = ['export', str(run.out), '--to', str(tmp_path/'other'), '--push', 'hub:me/tuned']
+    code = f'from alpaca_ft.cli import main; import sys; sys.exit(main({argv!r}))'
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                       env=os.environ | dict(HF_ENDPOINT='http://127.0.0.1:9', HF_TOKEN='hf_x'))
     assert r.returncode == 2 and 'not sent to the hub' in r.stderr and (tmp_path/'other'/'README.md').exists()

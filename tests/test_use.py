@@ -21,7 +21,8 @@ from alpaca_ft.prompts import alpaca_chat_template
 @pytest.fixture(scope='module')
 def done(tiny, rows, tmp_path_factory):
     out = tmp_path_factory.mktemp('use')/'run'
-    return train(RunConfig(model=str(tiny), data=str(rows), out=str(out), n_freeze=2, seq_len=256, max_steps=5, n_samples=0, lr=5e-3, dtype='fp32'), [])
+    return train(RunConfig(model=str(tiny), data=str(rows), out=str(out), n_freeze=2, seq_len=256, max_steps=5,
+                           n_samples=0, lr=5e-3, dtype='fp32'), [])
 
 
 @pytest.mark.parametrize('bos', [False, True])
@@ -30,15 +31,19 @@ def test_template(tokenizer, bos):
     from copy import deepcopy
     from tokenizers.processors import TemplateProcessing
     t = deepcopy(tokenizer)
-    if bos: t.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
+    if bos:
+        t.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
     t.chat_template = alpaca_chat_template(t)
     for r in load_alpaca()['train'].select(range(60)):
-        ask, prompt = [dict(role='user', content=r['instruction'], input=r['input'])], create_prompt_no_answer(r)['text']
+        ask, prompt = [dict(role='user', content=r['instruction'],
+                            input=r['input'])], create_prompt_no_answer(r)['text']
         assert t.apply_chat_template(ask, tokenize=False) == ('<s>' if bos else '') + prompt
         assert t.apply_chat_template(ask, return_dict=False) == t(prompt)['input_ids']
     two = [dict(role='user', content='a'), dict(role='assistant', content='b'), dict(role='user', content='c')]
-    assert t.apply_chat_template(two, tokenize=False).count('<s>') == bos and 'b</s>Below' in t.apply_chat_template(two, tokenize=False)
-    with pytest.raises(Exception, match='user and assistant'): t.apply_chat_template([dict(role='system', content='x')], tokenize=False)
+    assert t.apply_chat_template(two, tokenize=False).count('<s>') == bos
+    assert 'b</s>Below' in t.apply_chat_template(two, tokenize=False)
+    with pytest.raises(Exception, match='user and assistant'):
+        t.apply_chat_template([dict(role='system', content='x')], tokenize=False)
 
 
 def test_saved_template(done):
@@ -51,8 +56,10 @@ def test_losses_are_the_trainers(done):
     from alpaca_ft.evaluate import row_losses
     last = [json.loads(l) for l in open(done.out/'metrics.jsonl')][-1]
     for batch_tokens in (256, 4096):
-        sums = [sum(x) for x in zip(*row_losses(done.model, done.tokenizer, done.rows['test'], 256, batch_tokens).values())]
-        assert abs(sums[0]/sums[1] - last['eval_loss']) < 1e-4 and abs(sums[2]/sums[3] - last['eval_response_loss']) < 1e-4
+        sums = [sum(x)
+                for x in zip(*row_losses(done.model, done.tokenizer, done.rows['test'], 256, batch_tokens).values())]
+        assert abs(sums[0]/sums[1] - last['eval_loss']) < 1e-4
+        assert abs(sums[2]/sums[3] - last['eval_response_loss']) < 1e-4
 
 
 def test_evaluate(done, command):
@@ -60,7 +67,8 @@ def test_evaluate(done, command):
     assert code == 0, err
     result = json.loads((done.out/'evaluation.json').read_text())
     loss = result['measures'][1]
-    assert loss['measure'] == 'loss, all tokens' and loss['value'] < loss['other'] and loss['low'] is loss['noise'] is None
+    assert loss['measure'] == 'loss, all tokens' and loss['value'] < loss['other']
+    assert loss['low'] is loss['noise'] is None
     assert 'too few rows to say' in out and result['rows'] == len(done.rows['test']) == 4
     side = [json.loads(l) for l in open(done.out/'evaluation.jsonl')]
     assert len(side) == 3 and len(side[0]['answers']) == 2
@@ -80,18 +88,25 @@ def server():
     "Plays a judge: `say` decides by the two answers; the first `broken` requests fail."
     class H(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            s = self.server; s.seen.append((self.path, self.headers.get('Authorization')))
+            s = self.server
+            s.seen.append((self.path, self.headers.get('Authorization')))
             text = json.loads(self.rfile.read(int(self.headers['Content-Length'])))['messages'][0]['content']
-            if len(s.seen) <= s.broken: return self.send_error(503)
+            if len(s.seen) <= s.broken:
+                return self.send_error(503)
             a, b = re.search(r'Answer A:\n(.*)\n\nAnswer B:\n(.*)\n\nReply', text, re.S).groups()
             body = json.dumps(dict(choices=[dict(message=dict(content=s.say(a, b)))])).encode()
-            self.send_response(200); self.send_header('Content-Length', str(len(body))); self.end_headers(); self.wfile.write(body)
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
         def log_message(self, *args): pass
-    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), H); s.seen, s.broken, s.say = [], 0, lambda a, b: 'A'
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), H)
+    s.seen, s.broken, s.say = [], 0, lambda a, b: 'A'
     threading.Thread(target=s.serve_forever, daemon=True).start()
     s.url = f'http://127.0.0.1:{s.server_port}/v1'
     yield s
-    s.shutdown(); s.server_close()
+    s.shutdown()
+    s.server_close()
 
 
 def test_judge(server, tmp_path, monkeypatch):
@@ -102,7 +117,8 @@ def test_judge(server, tmp_path, monkeypatch):
     v = judge(pairs, server.url, 'm', tmp_path/'j.jsonl')
     assert (v['wins'], v['ties'], v['losses'], v['noise']) == (8, 0, 0, False) and len(server.seen) == 16
     assert server.seen[0] == ('/v1/chat/completions', 'Bearer k')
-    judge(pairs, server.url, 'm', tmp_path/'j.jsonl'); assert len(server.seen) == 16
+    judge(pairs, server.url, 'm', tmp_path/'j.jsonl')
+    assert len(server.seen) == 16
     server.say = lambda a, b: 'A'  # likes the first answer, whatever it is
     v = judge(pairs, server.url, 'another', tmp_path/'j.jsonl')
     assert v['ties'] == 8 and v['share'] == .5 and v['noise']
@@ -112,65 +128,104 @@ def test_judge_fails_and_goes_on(server, tmp_path):
     from alpaca_ft.evaluate import judge
     server.broken = 1
     assert judge([('p', 'a', 'b')], server.url, 'm', tmp_path/'j.jsonl')['ties'] == 1 and len(server.seen) == 3
-    with pytest.raises(Refused, match='does not answer'): judge([('p', 'a', 'b')], 'http://127.0.0.1:9', 'm', tmp_path/'j.jsonl')
+    with pytest.raises(Refused, match='does not answer'):
+        judge([('p', 'a', 'b')], 'http://127.0.0.1:9', 'm', tmp_path/'j.jsonl')
 
 
 def test_sample(done, here, command):
     code, out, err = command('sample', done.out, '--instruction', 'Name a tree.', '--max-new-tokens', 4)
     assert code == 0 and out.strip()
-    (here/'ask.jsonl').write_text('{"instruction": "a"}\n{"instruction": "b", "input": "c", "output": "d"}\n{"instruction": "e"}\n')
-    assert command('sample', done.out/'model', '--file', 'ask.jsonl', '--to', 'got.jsonl', '--batch-size', 1, '--max-new-tokens', 4)[0] == 0
+    (here/'ask.jsonl').write_text('{"instruction": "a"}\n{"instruction": "b", "input": "c", "output": "d"}\n'
+                                  '{"instruction": "e"}\n')
+    assert command('sample', done.out/'model', '--file', 'ask.jsonl', '--to', 'got.jsonl', '--batch-size', 1,
+                   '--max-new-tokens', 4)[0] == 0
     got = [json.loads(l) for l in open('got.jsonl')]
-    assert [r['instruction'] for r in got] == ['a', 'b', 'e'] and got[1]['output'] == 'd' and all(r['tokens'] <= 4 for r in got)
+    assert [r['instruction'] for r in got] == ['a', 'b', 'e'] and got[1]['output'] == 'd'
+    assert all(r['tokens'] <= 4 for r in got)
     (here/'bad.jsonl').write_text('{"instruction": "a"}\n{"instruction": 3}\n')
-    for argv, why in ((['--file', 'bad.jsonl'], 'row 2: instruction is of type int'), ([], 'nothing to answer'), (['--file', 'ask.jsonl', '--to', 'got.jsonl'], 'exists already')):
+    for argv, why in ((['--file', 'bad.jsonl'], 'row 2: instruction is of type int'), ([], 'nothing to answer'),
+                      (['--file', 'ask.jsonl', '--to', 'got.jsonl'], 'exists already')):
         code, out, err = command('sample', done.out, *argv)
         assert code == 2 and why in err and len(err.splitlines()) == 1
 
 
 def test_no_model_yet(done, here, command):
-    (here/'run').mkdir(); (here/'run'/'config.yaml').write_text((done.out/'config.yaml').read_text())
+    (here/'run').mkdir()
+    (here/'run'/'config.yaml').write_text((done.out/'config.yaml').read_text())
     code, out, err = command('sample', 'run', '--instruction', 'x')
     assert code == 2 and 'has no model yet' in err
 
 
+class Terminal:
+    "Python code in a child process with a real terminal: what it writes is in `seen`."
+    def __init__(self, code):
+        self.seen = ''
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            # a job in the background has it ignored, and its children inherit that
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.execv(sys.executable, [sys.executable, '-c', code])
+
+    def read(self, end):
+        more = select.select([self.fd], [], [], max(0, end - time.time()))[0]
+        assert more, f'nothing more came after: {self.seen[-2000:]}'
+        self.seen += os.read(self.fd, 4096).decode(errors='replace')
+
+    def until(self, *what, seconds=120):
+        end = time.time() + seconds
+        while not any(w in self.seen for w in what):
+            self.read(end)
+
+    def type(self, line):
+        self.seen = ''
+        os.write(self.fd, line.encode() + b'\n')
+
+    def ended(self):
+        pid, self.pid = self.pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def close(self):
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+def interrupted(t):
+    "Whether Ctrl-C came in mid-answer; else the answer had ended before."
+    t.type('Name a tree.')
+    t.until('tree.\r\n')
+    t.seen = ''
+    end = time.time() + 120
+    while len(t.seen) < 5:
+        t.read(end)  # something was streamed
+    os.kill(t.pid, signal.SIGINT)
+    t.until('turn is forgotten', '/quit leaves')
+    t.until('> ')
+    return 'turn is forgotten' in t.seen
+
+
 def test_chat_on_a_terminal(tiny):
     "A real terminal: streams, survives Ctrl-C in mid-answer, forgets, leaves."
-    pid, fd = pty.fork()
-    if not pid:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background has it ignored, and its children inherit that
-        os.execv(sys.executable, [sys.executable, '-c', f'from alpaca_ft.use import chat; chat({str(tiny)!r}, 400)'])
-    seen = ''
-    def read(end):
-        nonlocal seen
-        assert select.select([fd], [], [], max(0, end - time.time()))[0], f'nothing more came after: {seen[-2000:]}'
-        seen += os.read(fd, 4096).decode(errors='replace')
-    def until(*what, seconds=120):
-        end = time.time() + seconds
-        while not any(w in seen for w in what): read(end)
+    t = Terminal(f'from alpaca_ft.use import chat; chat({str(tiny)!r}, 400)')
     try:
-        until('> ')
-        for _ in range(10):
-            seen = ''; os.write(fd, b'Name a tree.\n'); until('tree.\r\n'); seen = ''
-            end = time.time() + 120
-            while len(seen) < 5: read(end)  # something was streamed
-            os.kill(pid, signal.SIGINT); until('turn is forgotten', '/quit leaves')
-            until('> ')
-            if 'turn is forgotten' in seen: break  # else the answer had ended before the signal came
-        assert 'turn is forgotten' in seen
-        seen = ''
-        os.write(fd, b'/reset\n'); until('forgotten'); until('> ')
-        os.write(fd, b'/quit\n')
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0; pid = 0
+        t.until('> ')
+        assert any(interrupted(t) for _ in range(10))
+        t.type('/reset')
+        t.until('forgotten')
+        t.until('> ')
+        seen = t.seen
+        t.type('/quit')
+        assert t.ended() == 0
         assert '\x1b]' not in seen
     finally:
-        if pid: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
-        os.close(fd)
+        t.close()
 
 
 def test_turns(tokenizer):
     from alpaca_ft.use import turn_ids
-    assert tokenizer.decode(turn_ids('a\n### Input:\nb', tokenizer, True)) == create_prompt_no_answer(dict(instruction='a', input='b'))['text']
+    assert tokenizer.decode(turn_ids('a\n### Input:\nb', tokenizer,
+                                     True)) == create_prompt_no_answer(dict(instruction='a', input='b'))['text']
     assert tokenizer.eos_token_id not in turn_ids('say </s>', tokenizer, True)
 
 
@@ -178,16 +233,23 @@ def test_turns(tokenizer):
 def test_export(done, here, dtype, command):
     code, out, err = command('export', done.out, '--to', 'handed', '--dtype', dtype)
     assert code == 0, err
-    probe = ("import sys, torch\nfrom transformers import AutoModelForCausalLM as M, AutoTokenizer as T\nm, t = M.from_pretrained('handed'), T.from_pretrained('handed')\n"
-             "ids = t.apply_chat_template([dict(role='user', content='Name a tree.')], return_tensors='pt', return_dict=False)\n"
-             "print(m.dtype, m.config.tie_word_embeddings, m.generation_config.eos_token_id, m.generate(ids, max_new_tokens=2).shape[0], 'alpaca_ft' in sys.modules)")
-    r = subprocess.run([sys.executable, '-c', probe], capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
-    assert r.stdout.split() == [dict(bf16='torch.bfloat16', fp32='torch.float32')[dtype], 'False', str(done.tokenizer.eos_token_id), '1', 'False'], r.stderr
+    probe = ("import sys, torch\nfrom transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
+             "m, t = M.from_pretrained('handed'), T.from_pretrained('handed')\n"
+             "asked = [dict(role='user', content='Name a tree.')]\n"
+             "ids = t.apply_chat_template(asked, return_tensors='pt', return_dict=False)\n"
+             "print(m.dtype, m.config.tie_word_embeddings, m.generation_config.eos_token_id, "
+             "m.generate(ids, max_new_tokens=2).shape[0], 'alpaca_ft' in sys.modules)")
+    r = subprocess.run([sys.executable, '-c', probe], capture_output=True, text=True,
+                       env=os.environ | dict(HF_HUB_OFFLINE='1'))
+    assert r.stdout.split() == [dict(bf16='torch.bfloat16', fp32='torch.float32')[dtype], 'False',
+                                str(done.tokenizer.eos_token_id), '1', 'False'], r.stderr
     from transformers import AutoModelForCausalLM
     again = AutoModelForCausalLM.from_pretrained('handed').state_dict()
-    for k, v in done.model.state_dict().items(): assert torch.equal(v.to(again[k].dtype), again[k]), k
+    for k, v in done.model.state_dict().items():
+        assert torch.equal(v.to(again[k].dtype), again[k]), k
     card = (here/'handed'/'README.md').read_text()
-    for part in ('### Response:', 'library_name: transformers', '## Licence', '| lr | 0.005 |', '## Evaluation'): assert part in card
+    for part in ('### Response:', 'library_name: transformers', '## Licence', '| lr | 0.005 |', '## Evaluation'):
+        assert part in card
     for argv, why in ((['--to', 'handed'], 'exists already'), (['--to', 'x', '--push', 'nowhere'], 'hub:OWNER/NAME')):
         code, out, err = command('export', done.out, *argv)
         assert code == 2 and why in err
@@ -200,13 +262,17 @@ def test_chat_keeps_bos(tiny, tokenizer, tmp_path, monkeypatch, capsys):
     from tokenizers.processors import TemplateProcessing
     from alpaca_ft import use
     from alpaca_ft.model import load_model
-    tok = copy.deepcopy(tokenizer); tok.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
+    tok = copy.deepcopy(tokenizer)
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
     model, asked = load_model(str(tiny)), []
     real = model.generate
-    def generate(x, **kw): asked.append(x[0].tolist()); return real(x, **kw)
+    def generate(x, **kw):
+        asked.append(x[0].tolist())
+        return real(x, **kw)
     model.generate = generate
     lines = iter(['Name a tree. ' * 25, 'Name a bird. ' * 25, 'Name a fish. ' * 25, '/quit'])
-    monkeypatch.setattr('builtins.input', lambda _: next(lines)); monkeypatch.setattr(use, 'load_both', lambda *_, **kw: (model, tok, {}))
+    monkeypatch.setattr('builtins.input', lambda _: next(lines))
+    monkeypatch.setattr(use, 'load_both', lambda *_, **kw: (model, tok, {}))
     use.chat('any', 8)
     assert 'forgotten' in capsys.readouterr().out and len(asked) == 3
     assert [(a[0], a.count(0)) for a in asked] == [(0, 1)]*3

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Render notebooks to Markdown: README.md from nbs/index.ipynb, and the pages of the site.
 
-nbdev renders with Quarto, a program of its own; this does the same with nbconvert, an ordinary dependency. Cells marked `#| hide` are left out,
-directive lines are stripped, and behind exported functions stand links to their source and to their entry on the API page, whose tables are made
-from the comments in the signatures and the help of the options. Notebooks are taken in the order of their names: chapters by number, then the
-appendix (a1, a2, ...).
+nbdev renders with Quarto, a program of its own; this does the same with nbconvert, an ordinary dependency. Cells
+marked `#| hide` are left out, directive lines are stripped, and behind exported functions stand links to their source
+and to their entry on the API page, whose tables are made from the comments in the signatures and the help of the
+options. Notebooks are taken in the order of their names: chapters by number, then the appendix (a1, a2, ...).
 
 usage: render.py readme | render.py site FOLDER
 """
@@ -21,9 +21,12 @@ notebooks = sorted((root/'nbs').glob('*.ipynb'))
 
 def signature_of(obj):
     "Signature of a function, or of what makes an object of a class; None where there is none of its own."
-    if isinstance(obj, type): obj = obj.__dict__.get('__init__')
-    try: return inspect.signature(obj) if obj else None
-    except (TypeError, ValueError): return None
+    if isinstance(obj, type):
+        obj = obj.__dict__.get('__init__')
+    try:
+        return inspect.signature(obj) if obj else None
+    except (TypeError, ValueError):
+        return None
 
 
 def descriptions(obj):
@@ -36,7 +39,8 @@ def descriptions(obj):
 
 def show(x):
     "A type or a default as code for a table."
-    if x is inspect.Parameter.empty: return ''
+    if x is inspect.Parameter.empty:
+        return ''
     text = repr(x) if isinstance(x, str) else str(getattr(x, '__name__', x))
     return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
 
@@ -49,11 +53,14 @@ def clean(x):
 def table(obj):
     "The parameters of a function or class as a Markdown table; empty where there are none."
     sig = signature_of(obj)
-    if sig is None: return ''
+    if sig is None:
+        return ''
     said, rows = descriptions(obj), []
     for k, p in sig.parameters.items():
-        if k != 'self': rows.append(f'| `{k}` | {show(p.annotation)} | {show(p.default)} | {clean(said.get(k))} |')
-    if said.get('return'): rows.append(f"| returns | {show(sig.return_annotation)} | | {clean(said['return'])} |")
+        if k != 'self':
+            rows.append(f'| `{k}` | {show(p.annotation)} | {show(p.default)} | {clean(said.get(k))} |')
+    if said.get('return'):
+        rows.append(f"| returns | {show(sig.return_annotation)} | | {clean(said['return'])} |")
     return '\n'.join(['| | type | default | |', '|---|---|---|---|', *rows]) if rows else ''
 
 
@@ -66,23 +73,29 @@ def constant(name, module):
 def source(obj, module):
     "Where a name is defined, as a link to its line."
     s = settings()
-    try: line = f'#L{inspect.getsourcelines(obj)[1]}'
-    except (TypeError, OSError): line = ''
+    try:
+        line = f'#L{inspect.getsourcelines(obj)[1]}'
+    except (TypeError, OSError):
+        line = ''
     return f"{s['git_url']}/blob/{s['branch']}/alpaca_ft/{module}.py{line}"
 
 
 def api():
     "The page of all exported names: what each does, its parameters, where it is taught and where it is defined."
-    out = ['# API', 'Every exported name, by chapter. `from alpaca_ft import ...` finds the usual ones; all are in their modules.']
+    out = ['# API',
+           'Every exported name, by chapter. `from alpaca_ft import ...` finds the usual ones; '
+           'all are in their modules.']
     for p in notebooks:
         module = module_of(nbformat.read(p, 4))
-        if not module: continue
+        if not module:
+            continue
         m = importlib.import_module(f'alpaca_ft.{module}')
         out += [f'## alpaca_ft.{module}', f'{m.__doc__} [The chapter]({p.stem}.md)']
         for name in m.__all__:
             obj = getattr(m, name)
             what = (obj.__doc__ or '') if callable(obj) else constant(name, m)
-            out += [f'### {name}', ' '.join(what.split()), table(obj) if callable(obj) else '', f'[source]({source(obj, module)})']
+            out += [f'### {name}', ' '.join(what.split()), table(obj) if callable(obj) else '',
+                    f'[source]({source(obj, module)})']
     return '\n\n'.join(x for x in out if x) + '\n'
 
 
@@ -94,16 +107,21 @@ def cells(nb, api):
     module = module_of(nb)
     for c in nb.cells:
         directives = re.findall(r'^#\| ?(.+)$', c.source, re.M) if c.cell_type == 'code' else []
-        if any(d.split()[0] in ('hide', 'default_exp') for d in directives): continue
+        if any(d.split()[0] in ('hide', 'default_exp') for d in directives):
+            continue
         if c.cell_type == 'code':
             c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
             for o in c.outputs:
-                if 'data' in o: o.data.pop('text/html', None)
+                if 'data' in o:
+                    o.data.pop('text/html', None)
         yield c
         if api and 'export' in directives:
             m = importlib.import_module(f'alpaca_ft.{module}')
             names = [n for n in re.findall(r'^(?:def|class) ([A-Za-z]\w*)', c.source, re.M) if n in m.__all__]
-            if names: yield nbformat.v4.new_markdown_cell('; '.join(f'`{n}`: [source]({source(getattr(m, n), module)}), [parameters](api.md#{n.lower()})' for n in names))
+            if names:
+                links = [f'`{n}`: [source]({source(getattr(m, n), module)}), [parameters](api.md#{n.lower()})'
+                         for n in names]
+                yield nbformat.v4.new_markdown_cell('; '.join(links))
 
 
 def markdown(path, api=True):
@@ -117,7 +135,8 @@ def markdown(path, api=True):
 
 
 def settings():
-    c = configparser.ConfigParser(); c.read(root/'settings.ini')
+    c = configparser.ConfigParser()
+    c.read(root/'settings.ini')
     return c['DEFAULT']
 
 
@@ -125,27 +144,33 @@ def colab(text):
     "A Colab badge behind each chapter's question, made of the notebook's path and the repository in settings.ini."
     s = settings()
     url = f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}"
-    return re.sub(r'^(\| \[[^]]+\]\((nbs/[\w]+\.ipynb)\) \| .*?) \|$', rf'\1 [![Open in Colab](images/colab.svg)]({url}/\2) |', text, flags=re.M)
+    return re.sub(r'^(\| \[[^]]+\]\((nbs/[\w]+\.ipynb)\) \| .*?) \|$',
+                  rf'\1 [![Open in Colab](images/colab.svg)]({url}/\2) |', text, flags=re.M)
 
 
 def readme():
     text, pictures = markdown(root/'nbs'/'index.ipynb', api=False)
     text = colab(text)
-    text = '<!-- rendered from nbs/index.ipynb by tools/render.py; edit the notebook -->\n\n' + text.replace('(images/', '(nbs/images/')
+    text = '<!-- rendered from nbs/index.ipynb by tools/render.py; edit the notebook -->\n\n' + text.replace('(images/',
+            '(nbs/images/')
     (root/'README.md').write_text(text, encoding='utf-8')
 
 
 def site(folder):
     folder, s = Path(folder), settings()
     shutil.copytree(root/'nbs'/'images', folder/'images', dirs_exist_ok=True)
-    for name in ('CONTRIBUTING.md', 'SECURITY.md', 'CHANGELOG.md', 'tools/site.css'): shutil.copy(root/name, folder)
+    for name in ('CONTRIBUTING.md', 'SECURITY.md', 'CHANGELOG.md', 'tools/site.css'):
+        shutil.copy(root/name, folder)
     (folder/'api.md').write_text(api(), encoding='utf-8')
     for p in notebooks:
         text, pictures = markdown(p)
-        text = text.replace('](nbs/', '](').replace('.ipynb)', '.md)').replace('](benchmarks/', f"]({s['git_url']}/blob/{s['branch']}/benchmarks/")
+        text = text.replace('](nbs/', '](').replace('.ipynb)', '.md)').replace('](benchmarks/',
+                f"]({s['git_url']}/blob/{s['branch']}/benchmarks/")
         (folder/f'{p.stem}.md').write_text(text, encoding='utf-8')
         for name, data in pictures.items():
-            (folder/name).parent.mkdir(exist_ok=True); (folder/name).write_bytes(data)
+            (folder/name).parent.mkdir(exist_ok=True)
+            (folder/name).write_bytes(data)
 
 
-if __name__ == '__main__': readme() if sys.argv[1:] == ['readme'] else site(sys.argv[2])
+if __name__ == '__main__':
+    readme() if sys.argv[1:] == ['readme'] else site(sys.argv[2])
