@@ -30,7 +30,7 @@ from .files import append_jsonl
 from .model import Tail, checkpoint_trained, decoder_layers, drawn, layer_weights
 from .options import RunConfig, plan
 from .packing import PackedCollator
-from .processes import added, alone_on_cpu, everyone, is_first, processes, rank, shared, wants, whole
+from .processes import added, alone_on_cpu, everyone, is_first, processes, rank, shared, wants, gathered
 # importable from here, as ever
 from .options import CHOICES, PRESETS, check_options, option_help, read_config  # noqa: F401
 
@@ -449,7 +449,7 @@ class StopAtNaN(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kw):
         gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm(gradients))
+        norm = gathered(nn.utils.get_total_norm(gradients))
         loss, norm = torch.stack([self.trainer.step_loss.float(), norm.float()]).tolist()
         why, past = None, self.past[-20:]
         if not math.isfinite(norm):

@@ -763,7 +763,7 @@ def main(argv=None):
     parser.add_argument('--only', default='', metavar='REGEX', help='the cells whose name this finds')
     parser.add_argument('--pairs', action='store_true', help='each pair of choices once at least, not the product')
     parser.add_argument('--more', action='store_true', help='the families of the table MORE too')
-    parser.add_argument('--two', action='store_true', help='the cells of the table TWO, in two processes, and no others')
+    parser.add_argument('--two', action='store_true', help='only the cells of the table TWO, in two processes')
     parser.add_argument('--logs', type=Path, metavar='FOLDER', help='keep there what failed cells printed')
     args = parser.parse_args(argv)
     families = list(FAMILIES | MORE) if args.more else list(FAMILIES)

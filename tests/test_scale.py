@@ -1,7 +1,6 @@
 "Several processes: the same run as in one, whoever is killed, told to stop or refused."
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +12,8 @@ import pytest
 import matrix
 import several
 
-COMMON = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 4, '--dtype', 'fp32', '--lr', '1e-3', '--max-steps', 6, '--eval-every', 3,
-          '--n-samples', 3, '--max-new-tokens', 4, '--prefix-cache', 'off']
+COMMON = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 4, '--dtype', 'fp32', '--lr', '1e-3', '--max-steps', 6,
+          '--eval-every', 3, '--n-samples', 3, '--max-new-tokens', 4, '--prefix-cache', 'off']
 
 
 @pytest.fixture(scope='module')
@@ -94,7 +93,7 @@ def test_shares_that_differ(argv):
 
 
 def test_states_are_shared(argv):
-    "Each computes a share; one file serves both, and the next run in any number of processes; a damaged one is made anew."
+    "Each computes a share; one file serves both, and the next run, in any number; a damaged one is made anew."
     more = ['--prefix-cache', 'disk', '--n-samples', 0, '--max-steps', 3]
     good(*several.run(1, argv('off', '--n-samples', 0, '--max-steps', 3)))
     codes, logs = several.run(2, argv('made', *more))
@@ -184,7 +183,8 @@ sys.exit(main())
     assert metrics('whole') == metrics('again') and apart('whole', 'again') == 0
 
 
-FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP')  # as accelerate launch says it
+# as accelerate launch says it
+FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP')
 
 
 def count_parts(number):
@@ -198,8 +198,11 @@ def count_parts(number):
     register_optimizer_step_pre_hook(count)
 
 
-@pytest.mark.parametrize('more', [[], ['--prefix-cache', 'disk', '--activation-checkpointing'], ['--method', 'lora', '--final', 'best']],
-                         ids=['plain', 'states', 'lora'])
+SPREAD = dict(plain=[], states=['--prefix-cache', 'disk', '--activation-checkpointing'],
+              lora=['--method', 'lora', '--final', 'best'])  # name: options
+
+
+@pytest.mark.parametrize('more', SPREAD.values(), ids=SPREAD)
 def test_weights_spread(argv, more):
     "FSDP2: every weight that trains is in halves, and losses, answers and result are those of one process."
     good(*several.run(1, argv('one', *more)))
@@ -241,7 +244,8 @@ def test_refusals(argv, tiny, rows):
     assert 'the launcher asks for DeepSpeed' in refused(2, argv('no'), env=dict(ACCELERATE_USE_DEEPSPEED='true'))
     assert 'precision is the option --dtype' in refused(2, argv('no'), env=dict(ACCELERATE_MIXED_PRECISION='bf16'))
     assert 'give one as --out' in refused(2, argv('no')[:-2], env=dict(TORCHELASTIC_MAX_RESTARTS='1'))
-    for name, value, words in (('FSDP_VERSION', '1', 'set fsdp_version to 2'), ('FSDP_OFFLOAD_PARAMS', 'true', 'fsdp_offload_params'),
+    for name, value, words in (('FSDP_VERSION', '1', 'set fsdp_version to 2'),
+                               ('FSDP_OFFLOAD_PARAMS', 'true', 'fsdp_offload_params'),
                                ('FSDP_AUTO_WRAP_POLICY', 'SIZE_BASED_WRAP', 'set TRANSFORMER_BASED_WRAP')):
         assert words in refused(2, argv('no'), env=FSDP | {name: value})
     assert 'rotate changes what trains' in refused(2, argv('no', '--rotate', 1), env=FSDP)
