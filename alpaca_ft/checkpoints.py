@@ -30,7 +30,8 @@ from transformers import TrainerCallback
 from .files import sha256, sync, write_whole
 from .model import decoder_layers, first_in_graph, memory_estimate
 from .options import RunConfig
-from .processes import added, deaf, is_first, first_does, lost_process, spread_like, processes, shared, gathered
+from .processes import (added, deaf, first_does, gathered, is_first, lost_process, processes, shared,
+                                 spread_like)
 
 # %% ../nbs/12_checkpoints.ipynb #12-022
 def write_checkpoint(
