@@ -229,6 +229,8 @@ def large_model(
     model = empty_model(cfg)
     choice = resolve_choice(cfg, model)
     why = why_not_by_layer(cfg, model, choice)
+    if place.processes > 1:
+        why = 'several processes do not share the reading of layers yet'
     if why is None and not asked and not too_large(cfg, model, choice, place):
         return None
     if why:
