@@ -480,12 +480,13 @@ def run_config(folder, cell, resume=False):
 
 def kill_at(step):
     "Have this process killed before an optimizer step."
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch.optim.optimizer import register_optimizer_step_pre_hook
     steps = itertools.count(1)
 
     def before_step(optimizer, args, kwargs):
-        counted = optimizer.param_groups[0]['params'][0].is_meta  # memory is counted on tensors without contents
-        if not counted and next(steps) == step:
+        weight = optimizer.param_groups[0]['params'][0]
+        if not isinstance(weight, FakeTensor) and next(steps) == step:  # memory is counted on tensors without contents
             os.kill(os.getpid(), signal.SIGKILL)
     register_optimizer_step_pre_hook(before_step)
 
