@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup dev train lint test matrix faults lab bench docs render clean
+.PHONY: setup dev train lint test test-slow newest matrix faults lab bench docs render clean
 
 .venv/run: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -27,6 +27,16 @@ test: dev
 	$(BIN)/python -c "from alpaca_ft.model import demo_model; demo_model()"
 	cd nbs && OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# an environment of its own, .venv-newest, so that the pinned one stays as it is
+newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.venv-newest/bin/python -c "from alpaca_ft.model import demo_model; demo_model()"
+	.venv-newest/bin/python tools/newest.py newest.md
 
 lint: dev
 	$(BIN)/ruff check .

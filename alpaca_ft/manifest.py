@@ -111,7 +111,8 @@ def processor_name(
 
 # %% ../nbs/a3_manifest.ipynb #a3-043
 FREE = set('out resume resume_anyway save_every keep loss_spike_stop track project tags log_model trust_remote_code '
-           'skip_bad_rows model data eval_data dtype layer_by_layer'.split())  # may change: the result follows from other entries
+           'skip_bad_rows near_duplicates model data eval_data '
+           'dtype layer_by_layer'.split())  # may change: the result follows from other entries
 ANYWAY = set('eval_every n_samples max_new_tokens micro_batch_size activation_checkpointing '
              'prefix_cache'.split())  # may change with --resume-anyway: logs or rounding follow from them
 

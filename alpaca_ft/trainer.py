@@ -66,7 +66,7 @@ def sft_config(
 def check_optim(
     name:str,  # of an optimizer, as transformers calls it
 )->tuple:  # its class, and its arguments
-    "The optimizer of a run; raises `Refused` where it is not known, its package is missing, or a run has no place for it."
+    "See that a run's optimizer is known, its package is there and a run has a place for it; raises `Refused`."
     known = [o.value for o in OptimizerNames]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1) or ['adamw_torch_fused']

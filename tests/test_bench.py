@@ -40,23 +40,35 @@ def test_bench(tiny, rows, tmp_path):
 
 
 def test_quoted():
-    "The README's comparison says what the result that it names says."
-    import re
-    text = (root/'README.md').read_text(encoding='utf-8')
-    d = json.loads((root/re.search(r'\]\((benchmarks/results/[\w-]+\.json)\)', text)[1]).read_text())
-    who = {c['who']: c for c in d['contenders'] if c['workload'] == 'demo'}
-    ratio = {l['line']: f"{l['value']:.2f}x ({l['low']:.2f}-{l['high']:.2f})" for l in d['lines'] if 'low' in l}
-    names = {'alpaca_ft, first epoch': ('alpaca_ft', None), 'alpaca_ft, prefix cache': ('alpaca_ft-cached', None),
-             'LLaMA-Factory 0.9.5': ('llama-factory', 'LLaMA-Factory neat_packing'),
-             'a bare PyTorch loop': ('floor', 'the bare loop'),
-             'TRL 1.16, activation checkpointing off': ('trl-nockpt', 'TRL without checkpointing'),
-             'TRL 1.16, as': ('trl-doc', 'TRL as documented')}
-    for name, (c, peer) in names.items():
-        row = next(l for l in text.splitlines() if l.startswith(f'| {name}'))
-        expected = [f"{who[c]['tokens_per_second']['median']:.0f}",
-                    f"{who[c]['peak_mib']:,.0f}"] + ([ratio[f'{k} epoch{s}, tokens/s, against {peer}'] for k,
-                                                      s in (('first', ''), ('cached', 's'))] if peer else ['', ''])
-        assert [x.strip() for x in row.split('|')[2:-1]] == expected
+    "benchmarks/README.md and the front page say what the results say that they name."
+    page = (root/'benchmarks'/'README.md').read_text(encoding='utf-8')
+    d = json.loads((root/'benchmarks'/'results'/'2026-11-24-cpu.json').read_text())
+    for c in d['contenders']:
+        figures = f"| {c['tokens_per_second']['median']:,.0f} | {c['peak_mib']:,.0f} |"
+        assert figures in page, (c['workload'], c['who'], figures)
+    front = (root/'README.md').read_text(encoding='utf-8')
+    ranges = {l['line']: (f"{l['low']:.2f}", f"{l['high']:.2f}") for l in d['lines'] if 'low' in l}
+    for line, (low, high) in ranges.items():
+        if line.startswith(('first epoch', 'cached epochs', 'shape7b')):
+            assert f'{low}-{high}x' in page, line
+    for line in ('first epoch, tokens/s, against LLaMA-Factory neat_packing',
+                 'first epoch, tokens/s, against TRL without checkpointing',
+                 'cached epochs, tokens/s, against LLaMA-Factory neat_packing',
+                 'cached epochs, tokens/s, against TRL without checkpointing',
+                 'shape7b, tokens/s, alpaca_ft against the bare loop'):
+        assert '{} to {}'.format(*ranges[line]) in front, line
+
+
+def test_make_train_is_quoted():
+    "The front page's table is that of the result beside it, and so are the answers in the picture."
+    from alpaca_ft.evaluate import comparison_lines
+    found = json.loads((root/'benchmarks'/'results'/'2026-11-27-make-train.json').read_text(encoding='utf-8'))
+    front = (root/'README.md').read_text(encoding='utf-8')
+    for line in comparison_lines(found['measures'], ('before', 'after')):
+        assert line.rstrip() in front, line
+    picture = (root/'nbs'/'images'/'answers.svg').read_text(encoding='utf-8')
+    for sample in found['answers'][:4]:
+        assert all(word in picture for word in sample['after'].split())
 
 
 @pytest.mark.slow

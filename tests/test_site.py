@@ -174,3 +174,13 @@ def test_readme_links():
         at = f'github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb'
         assert f'[![Open in Colab](nbs/images/colab.svg)](https://colab.research.google.com/{at})' in text, name
     assert len(re.findall(r'colab\.research\.google\.com', text)) == len(chapters)
+
+
+def test_drawings(tmp_path):
+    "The drawings are those of tools/draw.py, and each is shown somewhere, with words for those who cannot see it."
+    subprocess.run([sys.executable, root/'tools'/'draw.py', tmp_path], check=True)
+    shown = ''.join(p.read_text(encoding='utf-8') for p in (root/'nbs').glob('*.ipynb'))
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (root/'nbs'/'images'/path.name).read_text(), path.name
+        assert f'](images/{path.name})' in shown, path.name
+        assert 'aria-label' in path.read_text() and 'prefers-color-scheme' in path.read_text()
