@@ -160,6 +160,7 @@ def test_a_killed_process(argv):
     assert metrics('whole') == metrics('killed') and apart('whole', 'killed') == 0
 
 
+@pytest.mark.slow
 def test_restart_by_the_launcher(argv):
     "torchrun starts a killed run again, and it ends as the whole one does."
     good(*several.run(2, argv('whole', '--save-every', 2, '--n-samples', 0)))
@@ -202,9 +203,10 @@ SPREAD = dict(plain=[], states=['--prefix-cache', 'disk', '--activation-checkpoi
               lora=['--method', 'lora', '--final', 'best'])  # name: options
 
 
-@pytest.mark.parametrize('more', SPREAD.values(), ids=SPREAD)
-def test_weights_spread(argv, more):
+@pytest.mark.parametrize('name', ['plain', *(pytest.param(name, marks=pytest.mark.slow) for name in ('states', 'lora'))])
+def test_weights_spread(argv, name):
     "FSDP2: every weight that trains is in halves, and losses, answers and result are those of one process."
+    more = SPREAD[name]
     good(*several.run(1, argv('one', *more)))
     good(*several.run(2, argv('spread', *more), env=FSDP, before=count_parts))
     parts, of, weights_ = Path('parts0').read_text().split()
@@ -214,6 +216,7 @@ def test_weights_spread(argv, more):
         assert apart('one', 'spread') < 1e-5
 
 
+@pytest.mark.slow
 def test_from_spread_to_copied(argv):
     "A run killed under FSDP2 goes on under DDP, is killed again, and FSDP2 ends it."
     good(*several.run(1, argv('whole', '--save-every', 2)))
