@@ -201,9 +201,10 @@ def count_parts(number):
 
 SPREAD = dict(plain=[], states=['--prefix-cache', 'disk', '--activation-checkpointing'],
               lora=['--method', 'lora', '--final', 'best'])  # name: options
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ('states', 'lora')]
 
 
-@pytest.mark.parametrize('name', ['plain', *(pytest.param(name, marks=pytest.mark.slow) for name in ('states', 'lora'))])
+@pytest.mark.parametrize('name', ['plain', *LONG])
 def test_weights_spread(argv, name):
     "FSDP2: every weight that trains is in halves, and losses, answers and result are those of one process."
     more = SPREAD[name]
