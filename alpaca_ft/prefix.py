@@ -28,7 +28,7 @@ from .files import write_whole
 from .model import (Attention, Choice, Tail, Trunk, apply_choice, load_model, model_folder,
                              resolve_choice)
 from .options import RunConfig
-from .processes import each_does, is_first, first_does, processes, rank, shared, whole
+from .processes import each_does, is_first, first_does, processes, rank, shared, gathered
 from .trainer import StepCollator, on_device
 
 # %% ../nbs/09_prefix.ipynb #09-010
@@ -410,7 +410,7 @@ class WholeModel:
         "Put together what trains, where it is spread over processes; all of them have to ask."
         trained = self.tail.trained() if self.tail is not None else {}
         if any(hasattr(p, 'full_tensor') for p in trained.values()):
-            self.trained = {name: nn.Parameter(whole(p.detach())) for name, p in trained.items()}
+            self.trained = {name: nn.Parameter(gathered(p.detach())) for name, p in trained.items()}
 
     def assemble(self):
         "Load the frozen part again, and put the trained parameters in their places."
