@@ -41,24 +41,42 @@ def watch(folder, way, flags):
             f'--out={folder}/{way.replace(" ", "-")}', *flags]
     env = os.environ | dict(OMP_NUM_THREADS='1', ALPACA_FT_CACHE=f'{folder}/{way.replace(" ", "-")}-cache')
     points, begin = [], time.perf_counter()
-    with subprocess.Popen([sys.executable, '-m', 'alpaca_ft', *argv], env=env, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True) as child:
-        os.set_blocking(child.stderr.fileno(), False)
-        said = ''
+    log = folder/'log'
+    with open(log, 'w') as f, subprocess.Popen([sys.executable, '-m', 'alpaca_ft', *argv], env=env, stdout=f,
+                                               stderr=f) as child:
         while child.poll() is None:
             if (now := resident(child.pid)) is not None:
                 points.append([round(time.perf_counter() - begin, 1), round(now)])
-            said = (said + (child.stderr.read() or ''))[-2000:]
             time.sleep(0.1)
     if child.returncode:
-        raise RuntimeError(said)
+        raise RuntimeError(log.read_text()[-2000:])
     return points
+
+
+def draw(ways, file):
+    "The three curves as a picture."
+    import matplotlib
+    matplotlib.use('svg')
+    matplotlib.rcParams['svg.hashsalt'] = 'alpaca_ft'
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6.4, 2.8))
+    for way, points in ways.items():
+        thin = points[::max(1, len(points)//300)]
+        end = points[-1][0]
+        axes.plot([seconds/end for seconds, _ in thin], [mib/1024 for _, mib in thin], label=way)
+    axes.set(xlabel='part of the run', ylabel='GiB resident', xlim=(0, 1), ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, metadata=dict(Date=None))
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out', default=f'benchmarks/results/{date.today()}-memory-over-time.json', metavar='FILE')
+    p.add_argument('--picture', metavar='FILE', help='draw the curves of --out into an SVG, and measure nothing')
     args = p.parse_args()
+    if args.picture:
+        return draw(json.loads(Path(args.out).read_text())['ways'], args.picture)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
