@@ -273,7 +273,8 @@ def make_room(
     n_bytes:int,  # that are to be written
 )->None:
     "Delete the states that were used longest ago until old and new ones take at most half of what the disk could give."
-    files = sorted(folder.glob('*.bin'), key=lambda p: p.stat().st_mtime)
+    kept = [*folder.glob('*.bin'), *folder.glob('*.layers')]  # and what killed passes left (appendix A9)
+    files = sorted(kept, key=lambda p: p.stat().st_mtime)
     there = sum(p.stat().st_size for p in files)
     limit = (there + shutil.disk_usage(folder).free)/2
     for p in files:
@@ -282,6 +283,7 @@ def make_room(
         there -= p.stat().st_size
         p.unlink()
         p.with_suffix('.json').unlink(missing_ok=True)
+        p.with_suffix('.layers.jsonl').unlink(missing_ok=True)
 
 # %% ../nbs/09_prefix.ipynb #09-th2
 def there_already(

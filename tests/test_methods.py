@@ -10,10 +10,19 @@ import transformers
 from safetensors.torch import load_file
 
 import matrix
-from alpaca_ft import Refused, RunConfig, train
+from alpaca_ft import Refused, RunConfig, load_alpaca, train
 from alpaca_ft.model import apply_choice, drawn, resolve_choice
 
 SEQ_LEN, BATCH_SIZE, EPOCHS, LR = 256, 2, 2, 1e-3
+
+
+@pytest.fixture(scope='module')
+def rows(tmp_path_factory):
+    "Twenty of the built-in rows as a file: eight steps an epoch."
+    path = tmp_path_factory.mktemp('rows')/'rows.jsonl'
+    some = load_alpaca()['train'].select(range(20))
+    path.write_text(''.join(json.dumps(r) + '\n' for r in some))
+    return path
 
 
 def run_config(model, rows, out, **kw):

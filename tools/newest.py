@@ -39,7 +39,10 @@ def run(command, folder):
     "(exit code, the last lines that say what failed)."
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     env = os.environ | dict(OMP_NUM_THREADS='1', PATH=path)
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    except FileNotFoundError:
+        return 1, [f'{command[0]}: there is no such command any more']
     said = (done.stdout + done.stderr).splitlines()
     telling = [line for line in said if re.search(r'FAILED|Error\b|^E  |in \w+\.ipynb|passed|failed', line)]
     return done.returncode, telling[-60:]
