@@ -75,17 +75,13 @@ def status(name):
     return int(re.search(rf'^{name}:\s+(\d+)', text, re.M)[1])*1024
 
 
-def child(options, given_back):
-    "Train two steps; print what was predicted and what was measured."
-    import alpaca_ft.run as runs
+def marks(peaks):
+    "A callback that keeps the peaks of steps and of evaluations apart."
     from transformers import TrainerCallback
-    from alpaca_ft.memory import give_back_at_once, memory_plan
-    from alpaca_ft.options import RunConfig
-    if given_back:
-        give_back_at_once()
-    peaks, kept = dict(step=0, evaluation=0), {}
 
     class Marks(TrainerCallback):
+        "The kernel's high-water mark is read and taken back around each."
+
         def mark(self, what=None):
             if what:
                 peaks[what] = max(peaks[what], status('VmHWM'))
@@ -106,18 +102,27 @@ def child(options, given_back):
         def on_evaluate(self, *args, **kw):
             self.mark('evaluation')
 
-    build = runs.build_trainer
+    return Marks()
+
+
+def child(options, given_back):
+    "Train two steps; print what was predicted and what was measured."
+    import alpaca_ft.run as runs
+    from alpaca_ft.memory import give_back_at_once, memory_plan
+    from alpaca_ft.options import RunConfig
+    if given_back:
+        give_back_at_once()
+    peaks, kept, build = dict(step=0, evaluation=0), {}, runs.build_trainer
 
     def before(run, *args, **kw):
         kept.update(runs.known(run), shape=run.shape, place=run.place, choice=run.choice)
         return build(run, *args, **kw)
 
     runs.build_trainer = before
-    run = runs.train(RunConfig(**options), [Marks()])
+    run = runs.train(RunConfig(**options), [marks(peaks)])
     sums, by = memory_plan(run.cfg, **kept)
-    out = dict(process=kept['process'], by=by, predicted=dict(step=sums['a training step'],
-                                                              evaluation=sums['an evaluation']), measured=peaks)
-    print('RESULT ' + json.dumps(out))
+    predicted = dict(step=sums['a training step'], evaluation=sums['an evaluation'])
+    print('RESULT ' + json.dumps(dict(process=kept['process'], by=by, predicted=predicted, measured=peaks)))
 
 
 def measured(folder, model, options, given_back):
