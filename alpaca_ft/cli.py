@@ -169,6 +169,9 @@ def _train(
     from alpaca_ft.run import train
     from alpaca_ft.sampling import before_after
     run = train(cfg)
+    if several():
+        from alpaca_ft.processes import disconnect
+        disconnect()
     if run.place.rank:
         return  # the first process has told it
     if run.cfg.n_samples and not run.large:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'WAIT', 'started', 'processes', 'rank', 'is_first', 'restarts', 'may_restart', 'launch_name', 'wants',
-           'check_sharding', 'check_launch', 'alone_on_cpu', 'connect', 'everyone', 'added', 'gathered', 'spread_like',
-           'portable', 'lost_process', 'shared', 'each_does', 'first_does', 'deaf', 'together', 'speaks']
+           'check_sharding', 'check_launch', 'alone_on_cpu', 'connect', 'disconnect', 'everyone', 'added', 'gathered',
+           'spread_like', 'portable', 'lost_process', 'shared', 'each_does', 'first_does', 'deaf', 'together', 'speaks']
 
 # %% ../nbs/a8_processes.ipynb #a8-003
 import os
@@ -120,6 +120,12 @@ def connect()->None:
         why = ' '.join(str(e).split())[:160]
         raise Refused(f'process {number} of {started()} did not meet the others ({why}); '
                       'start all of them anew') from None
+
+# %% ../nbs/a8_processes.ipynb #a8-dc1
+def disconnect()->None:
+    "End the connection; nothing where there is none."
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 # %% ../nbs/a8_processes.ipynb #a8-026
 def everyone(
