@@ -7,6 +7,7 @@ _modules = dict(
     checks='fingerprint Exercise',
     formats='parse_columns as_row',
     files='append_jsonl read_jsonl read_run',
+    processes='processes rank is_first everyone each_does first_does',
     options='RunConfig read_config plan PRESETS',
     prompts='prompt_no_input prompt_input create_prompt create_prompt_no_answer prompt_completion tokenize prompt_ids '
             'alpaca_chat_template use_template row_prompt turns_of',
@@ -22,7 +23,8 @@ _modules = dict(
     evaluate='evaluate find_model interval judge repetition',
     prefix='States WholeModel drops_out',
     speed='Step choose_step document_attention linear_loss',
-    memory='Tally moments memory_plan memory_table as_bytes fitting',
+    memory='Tally moments memory_plan memory_table as_bytes fitting counted_advice',
+    layers='Large large_model states_by_layer save_by_shard',
     checkpoints='Best Checkpoints checkpoints damage last_complete resume_command Failed Stopped memory_advice '
                 'out_of_memory',
     tracking='Tracker wandb_mode',

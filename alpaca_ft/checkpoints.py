@@ -19,6 +19,7 @@ import shutil
 import signal
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from transformers import TrainerCallback
 from .files import sha256, sync, write_whole
 from .model import decoder_layers, first_in_graph, memory_estimate
 from .options import RunConfig
+from .processes import added, deaf, is_first, first_does, lost_process, part, processes, shared, whole
 
 # %% ../nbs/12_checkpoints.ipynb #12-022
 def write_checkpoint(
@@ -195,14 +197,19 @@ class Checkpoints(TrainerCallback):
         "The trained parameters by their names in the whole model."
         return self.trainer.model.tail.trained()
 
-    def write(self, folder):
-        "All files of a checkpoint."
-        optimizer, tensors = self.trainer.optimizer, {}
-        weights = {k: p.detach().cpu().contiguous() for k, p in self.trained().items()}
+    def tensors(self):
+        "What trains, and what the optimizer has on it; put together where it is spread over processes."
+        weights, moments = {}, {}
         for k, p in self.trained().items():
-            for name, t in optimizer.state[p].items():
-                tensors[f'{k}|{name}'] = t.cpu().contiguous()
-        rng, rest = random_states()
+            weights[k] = whole(p.detach()).cpu().contiguous()
+            for name, t in self.trainer.optimizer.state[p].items():
+                if t is not None:
+                    moments[f'{k}|{name}'] = whole(torch.as_tensor(t)).cpu().contiguous()
+        return weights, moments
+
+    def write(self, folder, weights, tensors):
+        "All files of a checkpoint."
+        optimizer, (rng, rest) = self.trainer.optimizer, random_states()
         save_file(weights, folder/'weights.safetensors')
         save_file(tensors, folder/'optimizer.safetensors')
         save_file(rng, folder/'random.safetensors')
@@ -218,12 +225,15 @@ class Checkpoints(TrainerCallback):
         (folder/'state.json').write_text(json.dumps(about), encoding='utf-8')
 
     def save(self, step):
-        "Write the checkpoint of a step, and delete old ones."
-        if self.trainer.is_world_process_zero():
-            write_checkpoint(self.folder(step), self.write)
-            tidy(self.out, self.cfg.keep, step)
-            if self.best:
-                self.best.tidy()
+        "Write the checkpoint of a step, and delete old ones. Of several processes the first does, and all wait."
+        first_does(self.save_here, step, *self.tensors())
+
+    def save_here(self, step, weights, moments):
+        "The same in this process."
+        write_checkpoint(self.folder(step), partial(self.write, weights=weights, tensors=moments))
+        tidy(self.out, self.cfg.keep, step)
+        if self.best:
+            self.best.tidy()
 
     def restore_weights(self, trained):
         "Before the trainer is made: the weights of the checkpoint to go on from."
@@ -246,9 +256,13 @@ class Checkpoints(TrainerCallback):
             saved['param_groups'][optimizer.param_groups.index(group)]['lr'] = lr
             for p in group['params']:
                 if names[p] in by_name:
-                    saved['state'][number] = by_name[names[p]]
+                    saved['state'][number] = {entry: part(t, p) for entry, t in by_name[names[p]].items()}
                 number += 1
         optimizer.load_state_dict(saved)
+        for p, k in names.items():
+            for entry, t in by_name.get(k, {}).items():
+                if optimizer.state[p][entry].dtype != t.dtype:  # numbers in fp32 about a weight in bf16
+                    optimizer.state[p][entry] = part(t, p).to(p.device)
         self.trainer.lr_scheduler.load_state_dict(about['scheduler'])
         self.trainer.tokens = about['tokens']
         if self.watch:
@@ -261,11 +275,20 @@ class Checkpoints(TrainerCallback):
         begun = step > self.trainer.start
         if begun and self.cfg.save_every and step % self.cfg.save_every == 0:
             self.save(step)
-        if self.signal:
-            if begun and not self.folder(step).exists():
+        if self.told():
+            if begun and not first_does(self.folder(step).exists):
                 self.save(step)
-            raise Stopped(f'stopped by {self.signal} after step {step}; go on with: '
-                          f'{resume_command(self.cfg, self.out)}')
+            raise shared(Stopped(f'stopped by {self.signal} after step {step}; go on with: '
+                                 f'{resume_command(self.cfg, self.out)}'))
+
+    def told(self):
+        "Whether a signal came, to this process or to another one: all stop at the same step."
+        if processes() == 1:
+            return self.signal is not None
+        came = added(torch.tensor([float(self.signal is not None)], device=self.trainer.args.device)).item() > 0
+        if came and not self.signal:
+            self.signal = 'a signal to another process'
+        return came  # and not self.signal, which may have come since: it is for the next step
 
     def on_train_end(self, args, state, control, **kw):
         "Behind the last step."
@@ -292,6 +315,8 @@ class Checkpoints(TrainerCallback):
                 os.kill(os.getpid(), number)
                 return
             self.signal = signal.Signals(number).name
+            if processes() > 1:
+                return  # all will say it together
             os.write(2, f'\n{self.signal}: finishing this step and saving a checkpoint; send it once more to stop at '
                         'once\n'.encode())
 
@@ -302,6 +327,10 @@ class Checkpoints(TrainerCallback):
                 pass  # not in the main thread
         try:
             yield
+        except BaseException:
+            if processes() > 1 and before.pop(signal.SIGTERM, None) is not None:
+                deaf()  # the launcher sends SIGTERM when another process has failed, and this one has last words
+            raise
         finally:
             restore()
 
@@ -394,18 +423,22 @@ class Best(TrainerCallback):
         if state and state['step'] is not None:
             self.step, self.loss, self.waited = state['step'], state['loss'], state['waited']
             self.note()
-        else:
+        elif is_first():
             (self.out/'best.json').unlink(missing_ok=True)
         self.tidy()
 
     def note(self):
         "Write best.json, for people and for the report."
+        if not is_first():
+            return
         measure = 'eval_response_loss' if self.cfg.loss_on == 'response' else 'eval_loss'
         about = dict(measure=measure, step=self.step, loss=self.loss, evaluations_since=self.waited)
         write_whole(self.out/'best.json', json.dumps(about, indent=1))
 
     def tidy(self):
         "Delete best weights that neither the run nor a checkpoint on the disk needs, and what killed saves left."
+        if not is_first():
+            return
         folder, needed = self.out/'best', set(map(refers_to, checkpoints(self.out)))
         if not self.ended:
             needed.add(self.step)
@@ -417,18 +450,20 @@ class Best(TrainerCallback):
         if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
 
-    def write(self, folder):
+    def write(self, folder, trained):
         "The weights that train."
-        trained = self.trainer.model.tail.trained()
-        save_file({k: p.detach().cpu().contiguous() for k, p in trained.items()}, folder/'weights.safetensors')
+        save_file(trained, folder/'weights.safetensors')
 
     def on_evaluate(self, args, state, control, metrics=None, **kw):
         loss = metrics['eval_loss']
         if self.cfg.loss_on == 'response':
             loss = metrics['eval_response_loss']
         if self.loss is None or loss < self.loss:
-            if self.cfg.final == 'best' and state.is_world_process_zero:
-                write_checkpoint(best_folder(self.out, state.global_step), self.write)
+            if self.cfg.final == 'best':
+                trained = self.trainer.model.tail.trained().items()
+                trained = {k: whole(p.detach()).cpu().contiguous() for k, p in trained}
+                write = partial(self.write, trained=trained)
+                first_does(write_checkpoint, best_folder(self.out, state.global_step), write)
             self.step, self.loss, self.waited = state.global_step, loss, 0
             self.tidy()
         else:
@@ -447,7 +482,7 @@ class Best(TrainerCallback):
         saved = load_file(best_folder(self.out, self.step)/'weights.safetensors')
         with torch.no_grad():
             for k, p in trained.items():
-                p.copy_(saved[k])
+                p.copy_(part(saved[k], p))
 
 # %% ../nbs/12_checkpoints.ipynb #12-080
 class Failed(RuntimeError):
@@ -519,7 +554,7 @@ def explained(
     advice:str,  # see `memory_advice`
     n_bytes:int,  # of a checkpoint
 )->Failed|None:  # one line on it, or None where there is nothing to say
-    "One line for memory that ran out and a disk that is full."
+    "One line for memory that ran out, a disk that is full and a process that is gone."
     found = checkpoints(out)
     go_on = 'no checkpoint was saved'
     if found:
@@ -529,4 +564,6 @@ def explained(
     if disk_trouble(e):
         why = ' '.join(str(e).split())[:200]
         return Failed(f'{out}: {why}; a checkpoint takes {gib(n_bytes)}, so free some space; {go_on}')
+    if lost_process(e):
+        return Failed(f'another process of this run has ended, so this one cannot go on; {go_on}')
     return None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUILTIN', 'DEMO', 'MAX_CHARS', 'ARTIFACT', 'Refused', 'iter_rows', 'read_rows', 'row_problem', 'checked',
-           'clean_rows', 'write_jsonl', 'load_alpaca', 'split_alpaca', 'shared_rows', 'cache_dir', 'spool',
-           'fetch_artifact']
+           'clean_rows', 'write_jsonl', 'load_alpaca', 'split_alpaca', 'shared_rows', 'phrases', 'similarity',
+           'check_near', 'near_duplicates', 'cache_dir', 'spool', 'fetch_artifact']
 
 # %% ../nbs/01_data.ipynb #01-002
 import json
@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 
@@ -406,6 +407,94 @@ def shared_rows(
         if row in held_out:
             trained_on.add(row)
     return sum(row in trained_on for row in _texts(test))
+
+# %% ../nbs/01_data.ipynb #01-nd3
+_word = re.compile('[^\\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+|\\w')  # Thai, Lao, kana and Han: a character each
+
+def phrases(
+    texts,  # of a row
+    n:int=3,  # words in a phrase
+)->set:  # the phrases
+    "Every phrase of n words in the texts of a row, in small letters."
+    found = set()
+    for text in texts:
+        words = _word.findall((text or '').lower())
+        for i in range(max(1, len(words) - n + 1)):
+            found.add(' '.join(words[i:i + n]))
+    return found - {''}
+
+def similarity(
+    a:set,  # phrases of a row
+    b:set,  # of another
+)->float:  # 0 to 1
+    "The share of phrases that two rows have in common (Jaccard)."
+    return len(a & b)/max(1, len(a | b))
+
+# %% ../nbs/01_data.ipynb #01-nd7
+def check_near(
+    threshold:float,  # the option `near_duplicates`; None: nothing is counted
+)->None:
+    "Refuse to count near-duplicates where the library for it is missing."
+    if threshold is not None and not find_spec('datasketch'):
+        raise Refused("near_duplicates needs datasketch, which is not installed; pip install 'alpaca_ft[near]', "
+                      'or leave the option out')
+
+def _said(
+    row:tuple,  # instruction, input, output, messages
+)->list:  # texts
+    "What is said in a row; of a chat, its turns."
+    return [turn['content'] for turn in json.loads(row[3])] if row[3] else row[:3]
+
+class _Near:
+    "Rows that were seen, and which of them a new one is like."
+    def __init__(self, ds, threshold):
+        from datasketch import MinHashLSH
+        self.ds, self.threshold = ds, threshold
+        self.index = MinHashLSH(.85*threshold, weights=(.1, .9))  # finds too many, which are compared
+
+    def sketch(self, found):
+        "The 128 numbers of a set of phrases."
+        from datasketch import MinHash
+        from xxhash import xxh32_intdigest
+        sketch = MinHash(hashfunc=xxh32_intdigest)
+        sketch.update_batch([phrase.encode() for phrase in found])
+        return sketch
+
+    def like(self, found, sketch):
+        "The numbers of the rows that a row is like, one at a time."
+        for k in sorted(self.index.query(sketch)):
+            row = self.ds[k]
+            texts = [row.get(name) for name in (*_columns, 'messages')]
+            if similarity(found, phrases(_said(texts))) >= self.threshold:
+                yield k
+
+# %% ../nbs/01_data.ipynb #01-nd9
+def near_duplicates(
+    train,  # Dataset of instruction, input, output
+    test,  # the same
+    threshold:float=.8,  # the share of phrases that makes two rows nearly the same
+)->dict:  # threshold; train and eval: how many; pairs: (split, instruction, that of the other row) of a few
+    "Count training rows that nearly repeat an earlier one, and evaluation rows that nearly repeat a training row."
+    check_near(threshold)
+    kept, held_out = _Near(train, threshold), _Near(test, threshold)
+    for i, row in enumerate(_texts(test)):
+        held_out.index.insert(i, held_out.sketch(phrases(_said(row))))
+    counts, pairs = dict(train=0, eval=0), []
+    for i, row in enumerate(_texts(train)):
+        found = phrases(_said(row))
+        sketch = kept.sketch(found)
+        earlier = next(kept.like(found, sketch), None)
+        if earlier is not None:
+            counts['train'] += 1
+            pairs.append(('train', row[0][:80], train[earlier]['instruction'][:80]))
+        else:
+            kept.index.insert(i, sketch)
+        for k in held_out.like(found, sketch):
+            counts['eval'] += 1
+            pairs.append(('eval', test[k]['instruction'][:80], row[0][:80]))
+            held_out.index.remove(k)  # it was counted
+    shown = [[p for p in pairs if p[0] == split][:3] for split in ('eval', 'train')]
+    return dict(threshold=threshold, **counts, pairs=shown[0] + shown[1])
 
 # %% ../nbs/01_data.ipynb #01-083
 def _deepest_row(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TYPES', 'CUTS', 'architecture', 'permute_rows', 'rope_factors', 'stored_as', 'cut_of', 'cut_name',
-           'token_list', 'token_scores', 'add_tokenizer', 'add_shape', 'tensor_table', 'tensor_bytes', 'described',
-           'write_gguf', 'check_gguf', 'ollama_template', 'modelfile']
+           'token_list', 'token_scores', 'begins_with_bos', 'add_tokenizer', 'add_shape', 'tensor_table',
+           'tensor_bytes', 'described', 'write_gguf', 'check_gguf', 'ollama_template', 'written_around',
+           'ollama_chat_template', 'modelfile']
 
 # %% ../nbs/a4_gguf.ipynb #a4-003
 import json
@@ -24,7 +25,8 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .data import Refused
-from .prompts import end_ids, is_alpaca, prompt_input, prompt_no_input
+from .prompts import chat_template, end_ids, is_alpaca, prompt_input, prompt_no_input
+from .templates import render
 
 # %% ../nbs/a4_gguf.ipynb #a4-011
 KINDS = dict(llama='llama', mistral='llama', qwen2='qwen2', qwen3='qwen3')  # model type: its architecture in GGUF
@@ -168,6 +170,17 @@ def token_scores(
     return [-float(rank.get(t, len(merges))) for t in tokens]
 
 # %% ../nbs/a4_gguf.ipynb #a4-053
+def begins_with_bos(
+    tokenizer,  # of the saved model
+)->bool:
+    "Whether the tokenizer puts BOS before a text, and a chat template, where one was trained with, does so too."
+    if tokenizer.bos_token_id is None or tokenizer('a')['input_ids'][0] != tokenizer.bos_token_id:
+        return False
+    if is_alpaca(tokenizer):
+        return True
+    text = render(tokenizer, [dict(role='user', content='a')], ask=True, template=chat_template(tokenizer).template)
+    return text.startswith(tokenizer.bos_token)
+
 def add_tokenizer(
     writer:gguf.GGUFWriter,  # of the file
     tokenizer,  # of the model
@@ -194,8 +207,7 @@ def add_tokenizer(
     for i in end_ids(tokenizer):
         if i != tokenizer.eos_token_id:
             writer.add_eot_token_id(i)  # of a turn
-    first = tokenizer('a')['input_ids'][0]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id)
+    writer.add_add_bos_token(begins_with_bos(tokenizer))
     writer.add_add_eos_token(False)  # a prompt does not end
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
@@ -342,6 +354,47 @@ def ollama_template(
     without = before + '{{ .Prompt }}' + end
     return '{{ if .System }}' + with_input + '{{ else }}' + without + '{{ end }}{{ .Response }}' + eos
 
+# %% ../nbs/a4_gguf.ipynb #a4-ot1
+def written_around(
+    tokenizer,  # of the saved model, with a chat template
+    roles:tuple,  # of the turns, the last one the user's
+)->list:  # texts: before the first content, between two, behind the last
+    "What the chat template writes around contents where an answer is asked for."
+    turns = [dict(role=role, content=f'\ue000{i}\ue001') for i, role in enumerate(roles)]
+    rest = render(tokenizer, turns, ask=True, template=chat_template(tokenizer).template)
+    pieces = []
+    for turn in turns:
+        before, found, rest = rest.partition(turn['content'])
+        if not found:
+            raise Refused(f"the template leaves out or moves the {turn['role']}'s turn")
+        pieces.append(before)
+    return pieces + [rest]
+
+# %% ../nbs/a4_gguf.ipynb #a4-ot3
+def ollama_chat_template(
+    tokenizer,  # of the saved model, with a chat template
+)->str:  # a Go template
+    "A chat template as Ollama wants it; raises `Refused` where it writes more than texts around turns."
+    head, ask = written_around(tokenizer, ('user',))
+    first, again, following, last = written_around(tokenizer, ('user', 'assistant', 'user'))
+    if (first, again, last) != (head, ask, ask):
+        raise Refused('the template writes a turn in another way when others follow')
+    bos = tokenizer.bos_token if begins_with_bos(tokenizer) else ''  # llama.cpp puts it in front
+    start = head.removeprefix(bos)
+    try:
+        before, behind, *rest = written_around(tokenizer, ('system', 'user', 'assistant', 'user'))
+        if rest != [ask, following, ask]:
+            raise Refused('the template writes turns in another way behind a system message')
+        with_system = before.removeprefix(bos) + '{{ .System }}' + behind
+        start = '{{ if .System }}' + with_system + '{{ else }}' + start + '{{ end }}'
+    except Refused:
+        before, behind = '', ''  # it takes none, so what is given as system message is left out
+    if any(mark in text for mark in ('{{', '"""') for text in (head, before, behind, ask, following)):
+        raise Refused('the template writes marks that Ollama would read as its own')
+    user = '{{ if eq .Role "user" }}{{ .Content }}' + ask
+    reply = '{{ else if eq .Role "assistant" }}{{ .Content }}{{ if gt (len (slice $.Messages $i)) 1 }}' + following
+    return start + '{{ range $i, $_ := .Messages }}' + user + reply + '{{ end }}{{ end }}{{ end }}'
+
 # %% ../nbs/a4_gguf.ipynb #a4-092
 def modelfile(
     file:str,  # the GGUF file's name, beside the Modelfile
@@ -357,8 +410,10 @@ def modelfile(
         lines += ['# What is given as system message becomes the input of the instruction.',
                   f'TEMPLATE """{ollama_template(tokenizer.eos_token)}"""']
     else:
-        lines.append('# Trained with a chat template: llama.cpp reads it from the file; '
-                     'Ollama wants it here, as a Go TEMPLATE.')
+        try:
+            lines.append(f'TEMPLATE """{ollama_chat_template(tokenizer)}"""')
+        except Refused as e:
+            lines.append(f'# No TEMPLATE for Ollama: {e}. llama.cpp reads the Jinja template in the file.')
     for stop in stops:
         lines.append(f'PARAMETER stop "{stop}"')
     lines += ['PARAMETER temperature 0', 'PARAMETER repeat_penalty 1', f'PARAMETER num_ctx {min(positions, 4096)}']

@@ -111,7 +111,8 @@ def processor_name(
 
 # %% ../nbs/a3_manifest.ipynb #a3-043
 FREE = set('out resume resume_anyway save_every keep loss_spike_stop track project tags log_model trust_remote_code '
-           'skip_bad_rows model data eval_data dtype'.split())  # may change: the result follows from other entries
+           'skip_bad_rows near_duplicates model data eval_data '
+           'dtype layer_by_layer'.split())  # may change: the result follows from other entries
 ANYWAY = set('eval_every n_samples max_new_tokens micro_batch_size activation_checkpointing '
              'prefix_cache'.split())  # may change with --resume-anyway: logs or rounding follow from them
 
@@ -129,7 +130,7 @@ class Manifest:
     device:str  # its kind: cpu, cuda, mps
     processor:str  # its name and what PyTorch makes of it; results are bitwise the same on the same only
     threads:int = 1  # that compute on a CPU; sums are rounded in another order with another number
-    processes:int = 1  # that train together
+    processes:int = 1  # that train together; the step is the same, its sums are rounded in another order
     step:str = ''  # how a step is computed: attention and head
     choice:str = ''  # digest of what trains
     versions:dict = field(default_factory=dict)  # of Python and the packages
@@ -147,11 +148,13 @@ def make_manifest(
 )->Manifest:
     "Resolve all that a run depends on."
     options = {k: v for k, v in asdict(cfg).items() if k not in FREE}
+    trains = asdict(choice) if choice else {}
+    trains.pop('trained', None)  # an option says it, and older runs have none
     return Manifest(options, config_digest(model), weights_digest(cfg.model, model), tokenizer_digest(tokenizer),
                     rows_digest(rows['train'], rows['test']), packed_digest(train, test),
                     'bf16' if place.dtype == torch.bfloat16 else 'fp32', place.device.type,
                     processor_name(place.device), torch.get_num_threads(), place.processes,
-                    choice=digest(asdict(choice)) if choice else '', versions=versions())
+                    choice=digest(trains) if choice else '', versions=versions())
 
 # %% ../nbs/a3_manifest.ipynb #a3-050
 @dataclass
@@ -180,13 +183,12 @@ def compare_manifests(
             found.never.append(f'the {name} is not the same ({k} {old.get(k)}, now {getattr(new, k)})')
     if old.get('choice') and new.choice and old['choice'] != new.choice:
         found.never.append('what trains is not the same (other layers or matrices)')
-    for k in ('dtype', 'processes'):
-        if old.get(k) != getattr(new, k):
-            found.never.append(f'{k} was {old.get(k)} and is {getattr(new, k)}')
+    if old.get('dtype') != new.dtype:
+        found.never.append(f"dtype was {old.get('dtype')} and is {new.dtype}")
     for k in ('device', 'step'):
         if old.get(k) != getattr(new, k):
             found.anyway.append(f'{k} was {old.get(k)} and is {getattr(new, k)}')
-    for k in ('processor', 'threads'):
+    for k in ('processor', 'threads', 'processes'):
         if old.get(k) != getattr(new, k):
             found.note.append(f'{k} was {old.get(k)} and is {getattr(new, k)}')
     for k, v in old.get('versions', {}).items():

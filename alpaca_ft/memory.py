@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'UNITS', 'Tally', 'no_contents', 'twin', 'bytes_of', 'full_rows', 'make_batches', 'watch', 'step_peaks',
-           'moments', 'resident', 'give_back_at_once', 'whole_bytes', 'memory_plan', 'gigabytes', 'memory_table',
-           'as_bytes', 'harmless', 'harder', 'flags', 'worst', 'fitting', 'fit_lines', 'memory_advice', 'planned']
+           'moments', 'resident', 'give_back_at_once', 'whole_bytes', 'large_moments', 'memory_plan', 'gigabytes',
+           'memory_table', 'as_bytes', 'harmless', 'harder', 'flags', 'worst', 'fitting', 'fit_lines', 'counted_advice',
+           'planned']
 
 # %% ../nbs/a5_memory.ipynb #a5-002
 import copy
@@ -19,12 +20,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .data import Refused
-from .model import (Choice, Place, Tail, apply_choice, at_work, checkpoint_trained, memory_estimate,
-                             resolve_choice)
+from .model import (Choice, Place, Tail, Trunk, apply_choice, at_work, checkpoint_trained, decoder_layers,
+                             memory_estimate, resolve_choice)
 from .options import RunConfig
 from .prefix import why_no_states
 from .speed import Step, ways
-from .trainer import PackedLoss, StepCollator
+from .trainer import PackedLoss, StepCollator, check_optim
 
 # %% ../nbs/a5_memory.ipynb #a5-005
 class Tally(TorchDispatchMode):
@@ -158,11 +159,13 @@ def step_peaks(
     loss:PackedLoss,  # what is trained
     batches:list,  # see `make_batches`
     tally:Tally,  # at work
+    optim:str='adamw_torch_fused',  # the optimizer, as transformers calls it
 )->dict:  # moment: bytes by kind
     "The worst moments of an optimizer step and of an evaluation after it."
     params, found, number = watch(loss, tally), {}, len(batches)
     tally.see([v for batch in batches for v in batch.values()], 'batches')
-    optimizer, tally.kind = torch.optim.AdamW(params, fused=True), 'optimizer'
+    kind, arguments = check_optim(optim)
+    optimizer, tally.kind = kind(params, **arguments), 'optimizer'
     for p in params:
         p.grad = torch.empty_like(p)
     optimizer.step()
@@ -211,7 +214,7 @@ def moments(
             checkpoint_trained(loss.tail.model)
         batches = make_batches(cfg, loss, batch, as_fake, hidden)
         with tally:
-            return step_peaks(loss, batches, tally)
+            return step_peaks(loss, batches, tally, cfg.optim)
 
     if real:
         return count(model, torch.clone)
@@ -235,9 +238,9 @@ def give_back_at_once(
         return False  # another system
 
 # %% ../nbs/a5_memory.ipynb #a5-033
-KINDS = dict(process='Python and libraries', frozen='weights that stay', trained='weights that train, in fp32',
+KINDS = dict(process='Python and libraries', frozen='weights that stay', trained='weights that train',
              files='the rest of the mapped files', gradients='of what trains',
-             optimizer="AdamW's two numbers for each", activations='for the backward pass',
+             optimizer='what it keeps for them', activations='for the backward pass',
              logits='head and loss', temporaries='of the backward pass', batches='rows of a step',
              states='kept states of all rows', other='')  # what memory is taken by
 
@@ -255,6 +258,33 @@ def whole_bytes(
     rest = files - views if views and device.type == 'cpu' else 0
     return files + made, rest
 
+# %% ../nbs/a5_memory.ipynb #a5-lm1
+def large_moments(
+    cfg:RunConfig,  # the options
+    model,  # after `apply_choice`, without contents
+    choice:Choice,  # what trains
+    place:Place,  # device and precision
+    step:Step,  # how a step is computed; None: as the config promises
+    base:int,  # bytes of the process, and of states in memory
+    trains:int,  # bytes of what trains
+)->dict:  # moment: bytes
+    "What a model takes whose frozen layers are read one by one, before its training begins."
+    below = decoder_layers(model)[:choice.first]
+    upper = bytes_of(model.parameters()) - sum(bytes_of(layer.parameters()) for layer in below)
+    batch = StepCollator(0, 'all')(full_rows(1, cfg.seq_len))
+    tally = Tally()
+    with no_contents():
+        whole = twin(model, place.device)
+        attention = (step or ways(whole, cfg.seq_len)[0][0]).attention
+        trunk = Trunk(whole, 1, attention, first=0)
+        states = torch.empty(1, cfg.seq_len, model.config.get_text_config().hidden_size, dtype=place.dtype,
+                             device=place.device)
+        with tally:
+            trunk(states, batch['position_ids'].to(place.device), batch['document_lengths'])
+    layer = max(bytes_of(layer.parameters()) for layer in below)
+    return {'the checks before it': base + upper + trains,
+            'a row in a frozen layer': base + upper + layer + tally.peak}
+
 # %% ../nbs/a5_memory.ipynb #a5-035
 def memory_plan(
     cfg:RunConfig,  # the options
@@ -265,6 +295,7 @@ def memory_plan(
     keep:str=None,  # where states are kept: off, memory or disk; None: as the options say
     states:int=0,  # bytes of the kept states of all rows
     process:int=0,  # bytes of the process before the model was loaded
+    large:bool=None,  # the frozen layers are read one by one; None: as the options say
 )->tuple:  # (moment: bytes; bytes by kind at the worst moment of a step)
     "What a run takes at its worst moments, on this device and in one process."
     model = twin(shape, 'meta')
@@ -272,14 +303,18 @@ def memory_plan(
     apply_choice(model, choice, place.dtype)
     if keep is None:
         keep = 'off' if cfg.prefix_cache == 'off' or why_no_states(cfg, model, choice) else cfg.prefix_cache
+    large = bool(cfg.layer_by_layer if large is None else large) and keep != 'off'
     loading, rest = whole_bytes(shape, model, place.device)
     found = moments(cfg, model, 0 if keep == 'off' else choice.first, place.device, step)
-    base = dict(process=process, files=rest if keep == 'off' else 0, states=0 if keep in ('off', 'disk') else states)
+    base = dict(process=process, files=rest if keep == 'off' else 0, states=states if keep == 'memory' else 0)
     sums = {name: sum(by.values()) + sum(base.values()) for name, by in found.items()}
     trains = bytes_of(p for p in model.parameters() if p.requires_grad)
-    sums['the checks before it'] = process + bytes_of(model.parameters()) + rest + trains
-    sums['loading'] = process + loading
-    if keep != 'off':
+    if large:
+        sums |= large_moments(cfg, model, choice, place, step, base['process'] + base['states'], trains)
+    else:
+        sums['the checks before it'] = process + bytes_of(model.parameters()) + rest + trains
+        sums['loading'] = process + loading
+    if keep != 'off' and not large:
         sums['the whole model, for samples and saving'] = process + base['states'] + loading + 3*trains
     by = base | found['a training step']
     return sums, {kind: by.get(kind, 0) for kind in KINDS if by.get(kind, 0)}
@@ -333,6 +368,8 @@ def harmless(
             found.append((dict(micro_batch_size=micro), 'no result changes; more and smaller passes'))
     if not cfg.activation_checkpointing:
         found.append((dict(activation_checkpointing=True), 'no result changes; about a quarter more time'))
+    if first and cfg.prefix_cache != 'off' and not cfg.layer_by_layer:
+        found.append((dict(layer_by_layer=True), 'no result changes; frozen layers read one by one, no samples'))
     if first and cfg.prefix_cache in ('auto', 'memory'):
         found.append((dict(prefix_cache='disk'), 'no result changes; states are read from the disk'))
     if first and cfg.prefix_cache != 'off':
@@ -353,6 +390,12 @@ def harder(
     if cfg.method != 'lora':
         more = dict(method='lora', train_head=None, freeze_embed=True, rotate=None, rotate_every=None)
         found.append((more, f'small matrices learn in {n} layers; the head stays'))
+    if cfg.optim.startswith('adamw'):
+        found.append((dict(optim='adafactor'), 'another optimizer, which keeps a row and a column of a matrix'))
+    if cfg.train_dtype == 'fp32' and place.dtype == torch.bfloat16:
+        found.append((dict(train_dtype='bf16'), 'small steps are lost in rounding'))
+        less = dict(train_dtype='bf16', optim='adafactor')
+        found.append((less, 'small steps are lost in rounding; another optimizer'))
     if cfg.method != 'lora' and n > 2 and not cfg.rotate:
         found.append((dict(rotate=max(1, n//4)), f'{max(1, n//4)} of {n} layers learn at a time'))
     if by_number and n > 1:
@@ -409,7 +452,7 @@ def fitting(
     both = {}
     for changes, _ in soft:
         both |= changes
-    if 'prefix_cache' in both and cfg.prefix_cache != 'off':
+    if 'prefix_cache' in both:
         both['prefix_cache'] = 'disk'
     hard = [(both | changes, cost) for changes, cost in harder(cfg, choice, place)]
     least = both | dict(method='lora', train_head=None, freeze_embed=True, rotate=None, rotate_every=None)
@@ -452,7 +495,7 @@ def fit_lines(
     return lines
 
 # %% ../nbs/a5_memory.ipynb #a5-059
-def memory_advice(
+def counted_advice(
     cfg:RunConfig,  # the options
     shape,  # the model as it was loaded
     place:Place,  # device and precision

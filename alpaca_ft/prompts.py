@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARK', 'prompt_no_input', 'prompt_input', 'create_prompt', 'create_prompt_no_answer', 'prompt_completion', 'boundary',
            'check_tokenizer', 'tokenize', 'prompt_ids', 'alpaca_chat_template', 'use_template', 'same_template',
-           'is_alpaca', 'chat_template', 'turns_of', 'row_prompt', 'has_chats', 'chat_batch', 'end_ids', 'byte_lengths',
-           'boundaries', 'tokenize_batch']
+           'is_alpaca', 'saved_template', 'chat_template', 'turns_of', 'row_prompt', 'has_chats', 'chat_batch',
+           'end_ids', 'byte_lengths', 'boundaries', 'tokenize_batch']
 
 # %% ../nbs/02_prompts.ipynb #02-002
 import json
@@ -126,18 +126,22 @@ def prompt_ids(
 # %% ../nbs/02_prompts.ipynb #02-053
 def alpaca_chat_template(
     tokenizer,  # whether it starts every text with BOS decides whether the template does
+    system:bool=True,  # a system message is the input of the next question; False: it is an error
 )->str:  # Jinja, for `tokenizer.chat_template`
     "The Alpaca prompts as a chat template; token ids are those of training, where texts hold no special token."
     before, end = map(json.dumps, prompt_no_input(dict(instruction='\0')).split('\0'))
     before_both, between, _ = map(json.dumps, prompt_input(dict(instruction='\0', input='\0')).split('\0'))
     starts_with_bos = tokenizer.bos_token_id is not None and tokenizer('a')['input_ids'][0] == tokenizer.bos_token_id
+    roles = 'system, user and assistant' if system else 'user and assistant'
     return ''.join([
         '{{ bos_token }}' if starts_with_bos else '',
-        "{% for m in messages %}{% if m.role == 'user' %}{% if m.input %}",
-        '{{ ' + f'{before_both} + m.content + {between} + m.input + {end}' + ' }}',
+        "{% set said = namespace(system='') %}{% for m in messages %}",
+        "{% if m.role == 'user' %}{% set given = m.input or said.system %}{% set said.system = '' %}{% if given %}",
+        '{{ ' + f'{before_both} + m.content + {between} + given + {end}' + ' }}',
         '{% else %}{{ ' + f'{before} + m.content + {end}' + ' }}{% endif %}',
         "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}",
-        "{% else %}{{ raise_exception('the Alpaca template has user and assistant messages only') }}",
+        "{% elif m.role == 'system' %}{% set said.system = m.content %}" if system else '',
+        "{% else %}{{ raise_exception('the Alpaca template has " + roles + " messages only') }}",
         '{% endif %}{% endfor %}'])
 
 # %% ../nbs/02_prompts.ipynb #02-ct1
@@ -177,11 +181,17 @@ def is_alpaca(
     "Whether the model is asked in Alpaca's prompts."
     return tokenizer.init_kwargs.get(MARK) != 'chat'
 
+def saved_template(
+    tokenizer,  # of the model
+)->str:  # Jinja
+    "The chat template that is saved with a trained model."
+    return alpaca_chat_template(tokenizer) if is_alpaca(tokenizer) else tokenizer.get_chat_template()
+
 def chat_template(
     tokenizer,  # of the model
 )->ChatTemplate:
     "The template of a model's conversations."
-    return ChatTemplate(tokenizer, alpaca_chat_template(tokenizer) if is_alpaca(tokenizer) else None)
+    return ChatTemplate(tokenizer, alpaca_chat_template(tokenizer, system=False) if is_alpaca(tokenizer) else None)
 
 # %% ../nbs/02_prompts.ipynb #02-ct3
 def turns_of(

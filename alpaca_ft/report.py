@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHARTS', 'series', 'page_svg', 'chart', 'facts', 'settings', 'differing', 'prompt_parts', 'spread', 'sample_cards',
-           'preflight_lines', 'evaluation_rows', 'changed_options', 'packing_picture', 'evaluated', 'render',
-           'write_report', 'ReportCB']
+           'preflight_lines', 'evaluation_rows', 'changed_options', 'packing_picture', 'evaluated', 'seen_rows',
+           'render', 'write_report', 'ReportCB']
 
 # %% ../nbs/15_report.ipynb #15-003
 import base64
@@ -259,6 +259,9 @@ def preflight_lines(
     if r.get('eval_in_train'):
         lines.append(f"warning   {r['eval_in_train']} of the evaluation rows are training rows too; the held-out loss "
                      'is too good by them')
+    if near := r.get('near_duplicates'):
+        lines.append(f"near      {near['train']:,} training rows nearly repeat an earlier one, {near['eval']:,} "
+                     f"evaluation rows a training row ({near['threshold']:.0%} of their phrases or more)")
     if 'steps' in r:
         lines.append(f"steps     {r['steps']:,} ({r['steps_per_epoch']:,} an epoch), {r['warmup_steps']} of them "
                      f"warm-up, evaluation every {r['eval_every']:,}")
@@ -270,7 +273,11 @@ def preflight_lines(
                      'trains layers too')
     memory = {k: f'{n/2**30:.1f}' for k, n in r['memory_bytes'].items()}
     total = memory.pop('total')
-    lines.append(f"memory    about {total} GiB: {', '.join(f'{k} {n}' for k, n in memory.items())}")
+    lines.append(f"memory    about {total} GiB: {', '.join(f'{k} {n}' for k, n in memory.items() if n != '0.0')}")
+    moments = r.get('memory_moments') or {}
+    worst = max(moments, key=moments.get, default=None)
+    if worst and worst != 'a training step':
+        lines.append(f'          at most {moments[worst]/2**30:.1f} GiB: {worst}')
     seconds = r.get('estimated_seconds')
     if seconds is not None:
         about = f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} min'
@@ -324,6 +331,26 @@ def evaluated(
     what = f"{' and '.join(reversed(found['models']))}, {found['rows']:,} rows held back"
     return '\n'.join([what, *comparison_lines(found['measures'], found.get('heads', ('against', 'model')))])
 
+# %% ../nbs/15_report.ipynb #15-sr1
+def seen_rows(
+    preflight:dict,  # its `documents`, see `row_documents`
+    room:int=12_000,  # characters of a row
+)->list:  # a list of documents for each row; a document that is cut says so
+    "The packed rows that the page shows."
+    rows = []
+    for documents in preflight.get('documents', []):
+        shown, left = [], room
+        for d in documents:
+            if left <= 0:
+                break
+            pieces = []
+            for learnt, text in d['pieces']:
+                pieces.append((learnt, text[:left]))
+                left -= len(text)
+            shown.append(d | dict(pieces=pieces, cut=left < 0))
+        rows.append(dict(documents=shown, left_out=len(documents) - len(shown)))
+    return rows
+
 # %% ../nbs/15_report.ipynb #15-057
 def _about(
     r:dict,  # see `read_run`
@@ -336,7 +363,8 @@ def _about(
     return dict(name=r['name'], status=status, facts=facts(r), evals=evaluation_rows(r['metrics']),
                 preflight=[(line[:10].strip(), line[10:].strip()) for line in lines],
                 settings=settings(r['config']).items(), changed=changed_options(r['config']),
-                packing=packing_picture(p['packing']) if p.get('packing') else '', evaluation=evaluated(r['folder']))
+                packing=packing_picture(p['packing']) if p.get('packing') else '', evaluation=evaluated(r['folder']),
+                seen=seen_rows(p))
 
 # %% ../nbs/15_report.ipynb #15-058
 def render(

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['as_found', 'generation_config', 'answer_batch', 'generate_all', 'generate', 'fit_prompt', 'fit_chat', 'printable',
-           'visible', 'show_document', 'show_row', 'LLMSampleCB', 'asked_of', 'before_after']
+           'visible', 'text_pieces', 'row_documents', 'in_colour', 'show_row', 'LLMSampleCB', 'asked_of',
+           'before_after']
 
 # %% ../nbs/06_sampling.ipynb #05-003
+import os
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers import GenerationConfig, TrainerCallback
 from .data import Refused
 from .files import append_jsonl, read_jsonl
 from .model import autocast
+from .processes import each_does, everyone, is_first, processes, rank
 from .prompts import chat_template, create_prompt_no_answer, end_ids, is_alpaca, prompt_ids, turns_of
 
 # %% ../nbs/06_sampling.ipynb #05-009
@@ -178,27 +181,44 @@ def visible(
     return ''.join(safe)
 
 # %% ../nbs/06_sampling.ipynb #06-sh1
-def show_document(
+def text_pieces(
     ids:list,  # token ids of a document
     learnt:list,  # of each of them, whether it is a target
     tokenizer,  # of the model
-    color:bool=False,  # by a terminal's colours instead of brackets
-)->str:  # its text
-    "A document's text, with what is learnt marked; special tokens are written out."
-    parts, start = [], 0
+)->list:  # (whether it is learnt, text) pairs
+    "A document's text, cut where learning begins or ends; special tokens are written out."
+    pieces, start = [], 0
     for i in range(1, len(ids) + 1):
-        if i < len(ids) and learnt[i] == learnt[start]:
-            continue
-        text = visible(tokenizer.decode(ids[start:i]))
-        if learnt[start]:
-            text = f'\x1b[32m{text}\x1b[0m' if color else f'⟦{text}⟧'
-        elif color:
-            text = f'\x1b[2m{text}\x1b[0m'
-        parts.append(text)
-        start = i
-    return ''.join(parts)
+        if i == len(ids) or learnt[i] != learnt[start]:
+            pieces.append((learnt[start], visible(tokenizer.decode(ids[start:i]))))
+            start = i
+    return pieces
+
+def row_documents(
+    row:dict,  # packed row: input_ids, completion_mask, seq_lengths
+    tokenizer,  # of the model
+    loss_on:str='all',  # `all` or `response`
+)->list:  # a dict for each document: tokens, learnt, ends, pieces
+    "The documents of a packed row: how much of each is learnt, in what it ends, and its text."
+    documents, start = [], 0
+    for n in row['seq_lengths']:
+        ids, mask = row['input_ids'][start:start + n], row['completion_mask'][start:start + n]
+        learnt = [i > 0 and (loss_on == 'all' or m == 1) for i, m in enumerate(mask)]  # nothing predicts the first
+        last = max((i for i, m in enumerate(mask) if m), default=None)
+        ends = 'nothing' if last is None else repr(tokenizer.decode(ids[last]))
+        if last is not None and ids[last] not in tokenizer.all_special_ids:
+            ends += ', no special token: cut'
+        documents.append(dict(tokens=n, learnt=sum(learnt), ends=ends, pieces=text_pieces(ids, learnt, tokenizer)))
+        start += n
+    return documents
 
 # %% ../nbs/06_sampling.ipynb #06-sh2
+def in_colour(
+    stream,  # such as sys.stdout
+)->bool:
+    "Whether colours are wanted: on a terminal, unless NO_COLOR is set or the terminal is a dumb one."
+    return stream.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
+
 def show_row(
     row:dict,  # packed row: input_ids, completion_mask, seq_lengths
     tokenizer,  # of the model
@@ -206,18 +226,14 @@ def show_row(
     color:bool=False,  # by a terminal's colours instead of brackets
 )->str:  # several lines
     "A packed row, document by document: what is learnt, what is masked, how each ends."
-    lines, start = [], 0
-    for number, n in enumerate(row['seq_lengths'], 1):
-        ids, mask = row['input_ids'][start:start + n], row['completion_mask'][start:start + n]
-        learnt = [i > 0 and (loss_on == 'all' or m == 1) for i, m in enumerate(mask)]  # nothing predicts the first
-        last = max((i for i, m in enumerate(mask) if m), default=None)
-        ends = 'nothing' if last is None else repr(tokenizer.decode(ids[last]))
-        if last is not None and ids[last] not in tokenizer.all_special_ids:
-            ends += ', no special token: cut'
-        lines.append(f'--- document {number} of {len(row["seq_lengths"])}: {n} tokens, {sum(learnt)} learnt, '
-                     f'ends in {ends}')
-        lines.append(show_document(ids, learnt, tokenizer, color))
-        start += n
+    lines, marks = [], {True: '⟦{}⟧', False: '{}'}
+    if color:
+        marks = {True: '\x1b[32m{}\x1b[0m', False: '\x1b[2m{}\x1b[0m'}  # green; dim
+    documents = row_documents(row, tokenizer, loss_on)
+    for number, d in enumerate(documents, 1):
+        lines.append(f"--- document {number} of {len(documents)}: {d['tokens']} tokens, {d['learnt']} learnt, "
+                     f"ends in {d['ends']}")
+        lines.append(''.join(marks[learnt].format(text) for learnt, text in d['pieces']))
     return '\n'.join(lines)
 
 # %% ../nbs/06_sampling.ipynb #05-037
@@ -253,26 +269,34 @@ class LLMSampleCB(TrainerCallback):
         "Generate for every prompt; a step that was sampled before is not sampled again."
         if any(r['step'] == step for r in self.rows):
             return []
-        with self.use_model() as model:
-            self.gen_config = generation_config(model, self.tokenizer, self.max_new_tokens)
-            answers = generate_all(self.prompts, model, self.tokenizer, self.max_new_tokens)
-        rows = []
+        shares, n, rows = everyone(each_does(self.answer, self.prompts[rank()::processes()])), processes(), []
+        answers = [shares[i % n][i//n] for i in range(len(self.prompts))]
         for prompt, answer, row in zip(self.prompts, answers, self.sample_dataset):
-            rows.append(dict(step=step, prompt=prompt, generation=answer['text'], reference=row['output'],
+            asked = f"{row['instruction']} | {row['input']}" if row.get('input') else row['instruction']
+            rows.append(dict(step=step, prompt=prompt, asked=asked, generation=answer['text'], reference=row['output'],
                              tokens=answer['tokens'], stopped=answer['stopped']))
         return rows
+
+    def answer(self,
+        prompts:list,  # those of this process: where there are several, they share the work
+    )->list:  # see `generate_all`
+        "Generate."
+        with self.use_model() as model:
+            self.gen_config = generation_config(model, self.tokenizer, self.max_new_tokens)
+            return generate_all(prompts, model, self.tokenizer, self.max_new_tokens)
 
     def log_generations_table(self,
         state,  # TrainerState
     ):
-        "Sample, then write, show and log what came out. On every process generation runs; the first one reports."
+        "Sample, then write, show and log what came out. Every process generates its share; the first one reports."
         try:
             new = self.sample(state.global_step)
         except Exception as e:  # files that are gone, a model that cannot generate: no reason to lose the training
             why = ' '.join(str(e).split())[:200]
             if isinstance(e, MemoryError) or 'memory' in why:
                 raise  # there is advice for that
-            print(f'samples of step {state.global_step} are left out ({why})', file=sys.stderr)
+            if is_first():
+                print(f'samples of step {state.global_step} are left out ({why})', file=sys.stderr)
             return
         self.rows += new
         if not new or not state.is_world_process_zero:
@@ -318,7 +342,7 @@ class LLMSampleCB(TrainerCallback):
 def asked_of(
     prompt:str,  # an Alpaca prompt
 )->str:  # instruction and input, in one line
-    "What a prompt asks."
+    "What a prompt asks, where a file of samples is too old to say it."
     body = prompt.split('### Instruction:\n')[-1].removesuffix('\n\n### Response:\n')
     return body.replace('\n\n### Input:\n', ' | ')
 
@@ -336,7 +360,7 @@ def before_after(
     last = [r for r in rows if r['step'] == rows[-1]['step']]
     lines = []
     for a, b in list(zip(first, last))[:n]:
-        lines.append(f"asked:  {printable(asked_of(a['prompt']), width)}")
+        lines.append(f"asked:  {printable(a.get('asked') or asked_of(a['prompt']), width)}")
         for name, r in (('before: ', a), ('after:  ', b)):
             cut = '' if r['stopped'] else ' [cut]'
             lines.append(f"{name}{printable(r['generation'].strip(), width)}{cut}")

@@ -169,7 +169,8 @@ class Bench:
         "A process of ours: (exit code, seconds, its output's last line)."
         env = os.environ | dict(HF_HUB_OFFLINE='1', HF_DATASETS_CACHE=str(self.folder/'datasets'), WANDB_MODE='offline',
                                 DISABLE_VERSION_CHECK='1')
-        env['PYTHONPATH'] = str(root) if python == sys.executable else ''
+        ours = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
+        env['PYTHONPATH'] = ours if python == sys.executable else ''
         env['BENCH_T0'] = str(t := time.monotonic())
         with open(self.folder/'output', 'w+', encoding='utf-8', errors='replace') as f:
             code = subprocess.run([str(python), str(here/script), *map(str, argv)], stdout=f, stderr=subprocess.STDOUT,
@@ -458,7 +459,9 @@ def rounds(b, works, budget=None):
                 if f'{work.name}:{w}' in b.failed:
                     continue
                 if budget and time.monotonic() - t0 + longest.get(key, 0) > budget:
-                    say(f'  {w} left out: {budget} s are over')
+                    say(f'  {w} left out: {budget:.0f} s are over')
+                    if key not in done:
+                        b.result['not_measured'][f'{work.name}:{w}'] = f'{budget:.0f} s were over'
                     continue
                 t = time.monotonic()
                 if lines := b.block(work, w, b.args.warmup + b.args.steps, b.args.warmup, b.args.steps):

@@ -12,10 +12,13 @@ usage: methods.py --out RESULT.json [--rows builtin FILE ...] [--minutes 60]   (
 3. Seeds: the best rate with all of the seconds (three epochs at most), three seeds, measured on test rows.
 4. Curve: a quarter of the seconds too. Memory: arms that need more than the default get recomputed activations.
 5. Time to quality: the arms that came first, at parts of the seconds, three seeds.
+Seconds and memory are those of the machine that timed; the losses may come from a faster one, a GPU for instance: there
+the same command goes on with the file of the other machine, as many steps as had fit into the seconds there.
 """
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -26,7 +29,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 
 here = Path(__file__).resolve().parent
 SOUP = here/'.envs'/'soup'/'bin'/'python'
@@ -120,6 +123,7 @@ def train_ours(spec, folder):
 
 def train_trl(spec, folder):
     "TRL's SFTTrainer with peft as its documentation has it: prompt and completion, packing, LoRA on all linear layers."
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,18 +139,19 @@ def train_trl(spec, folder):
     args = SFTConfig(output_dir=str(folder/'trl'), packing=True, max_length=SEQ_LEN, per_device_train_batch_size=1,
                      max_steps=spec['steps'], learning_rate=spec['lr'], bf16=spec['dtype'] == 'bf16', report_to=[],
                      lr_scheduler_type='cosine', warmup_steps=round(spec['steps']*.1), seed=spec['seed'],
-                     save_strategy='no', disable_tqdm=True, use_cpu=True, eos_token=tokenizer.eos_token)
+                     save_strategy='no', disable_tqdm=True, eos_token=tokenizer.eos_token,
+                     use_cpu=not torch.cuda.is_available())
     lora = LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', task_type='CAUSAL_LM')
     watch = watcher()
     model = AutoModelForCausalLM.from_pretrained(name, dtype='auto')
     trainer = SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                          peft_config=lora, callbacks=[watch])
     packed = len(trainer.train_dataset)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trainer.train()
     merged = trainer.model.merge_and_unload()
     merged.save_pretrained(folder/'run'/'model')
     tokenizer.save_pretrained(folder/'run'/'model')
-    trainable = sum(p.numel() for n, p in trainer.model.named_parameters() if 'lora_' in n)
     return dict(seconds=watch.seconds, peak=watch.peak, fill=0., packed=packed, trains='LoRA of rank 16 on all layers',
                 trainable=trainable)
 
@@ -205,7 +210,7 @@ def measure(name, folder, dtype, fully):
     out['answers'] = [[a['stopped'], a['tokens'], round(repetition(a['text']), 3)] for a in answers]
     sums = []
     for piece in unrelated_text(tokenizer):
-        ids = torch.tensor([piece])
+        ids = torch.tensor([piece], device=model.device)
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         sums.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction='sum').item())
@@ -228,6 +233,18 @@ def job(spec, out):
     Path(out).write_text(json.dumps(trained | measured))
 
 
+def forked_job(spec, out, log):
+    "The same in a process that was forked after the imports; what it prints goes to a file."
+    file = open(log, 'w', buffering=1)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = file
+    job(spec, out)
+
+
+IMPORTED = ['datasets', 'peft', 'trl.trainer.sft_trainer', 'alpaca_ft.evaluate', 'alpaca_ft.run']  # before the fork
+
+
 # ---------------------------------------------------------------- all jobs
 
 class Bench:
@@ -235,6 +252,9 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.lock, self.end, self.dtype = args, Lock(), math.inf, None
+        self.slots = BoundedSemaphore(args.workers)
+        self.forks = multiprocessing.get_context('forkserver')
+        self.forks.set_forkserver_preload(IMPORTED)
         self.result = dict(arms={}, jobs={}, hours=0.)
         if args.out.exists():
             self.result = json.loads(args.out.read_text())
@@ -249,16 +269,17 @@ class Bench:
 
     def prepare(self):
         "Machine, versions and rows; a result that was begun on others is refused."
-        import importlib.metadata
         import torch
-        bf16 = torch.cpu.get_capabilities().get('avx512_bf16', False)
+        from bench import _version
+        cuda = torch.cuda.is_available()
+        bf16 = cuda or torch.cpu.get_capabilities().get('avx512_bf16', False)
         setup = dict(cores=len(os.sched_getaffinity(0)), bf16_in_hardware=bf16, dtype='bf16' if bf16 else 'fp32',
                      python=platform.python_version(), seq_len=SEQ_LEN, rows={}, seconds={}, seeds=self.args.seeds,
-                     versions={k: importlib.metadata.version(k) for k in
-                               ('alpaca_ft', 'torch', 'transformers', 'trl', 'peft')})
+                     versions={k: _version(k) for k in ('alpaca_ft', 'torch', 'transformers', 'trl', 'peft')})
         for name, source in self.sources():
             setup['rows'][name] = {split: len(rows) for split, rows in self.split(source).items()}
         before, self.dtype = self.result.setdefault('setup', setup), setup['dtype']  # another machine may have another
+        self.device = f'{torch.cuda.get_device_name(0)}, torch {torch.__version__}' if cuda else 'cpu'
         for key in ('seq_len', 'rows', 'seeds'):
             if before[key] != setup[key]:
                 raise SystemExit(f'{self.args.out}: begun with {key} {before[key]}, and here it is {setup[key]}; '
@@ -286,22 +307,33 @@ class Bench:
         with self.lock:
             if key in self.result['jobs']:
                 return self.result['jobs'][key]
-        if time.monotonic() > self.end:
-            raise TimeoutError
+        with self.slots:
+            if time.monotonic() > self.end:
+                raise TimeoutError
+            return self.do(key, spec, threads)
+
+    def do(self, key, spec, threads):
+        "A job in a process of its own; one that is timed is started as a user's command is."
         begin = time.monotonic()
         with tempfile.TemporaryDirectory(prefix='methods-') as tmp:
             folder = Path(tmp)
             for split, rows in self.split(spec.pop('source')).items():
                 (folder/f'{split}.json').write_text(json.dumps(rows))
             (folder/'spec.json').write_text(json.dumps(spec | dict(folder=tmp)))
-            env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE='1', WANDB_MODE='disabled')
-            command = [sys.executable, here/'methods.py', 'job', folder/'spec.json', folder/'out.json']
-            with open(folder/'log', 'w+') as log:
-                rc = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=env).returncode
-                log.seek(0)
-                text = log.read().replace(tmp, 'FOLDER').strip().splitlines()
+            out, log = folder/'out.json', folder/'log'
+            if spec['measure']:
+                child = self.forks.Process(target=forked_job, args=(spec | dict(folder=tmp), str(out), str(log)))
+                child.start()
+                child.join()
+                rc = child.exitcode
+            else:
+                command = [sys.executable, here/'methods.py', 'job', folder/'spec.json', out]
+                env = os.environ | dict(OMP_NUM_THREADS=str(threads))
+                with open(log, 'w') as file:
+                    rc = subprocess.run(list(map(str, command)), stdout=file, stderr=file, env=env).returncode
+            text = log.read_text().replace(tmp, 'FOLDER').strip().splitlines()
             if rc == 0:
-                out = json.loads((folder/'out.json').read_text()) | dict(dtype=spec['dtype'])
+                out = json.loads(out.read_text()) | dict(dtype=spec['dtype'], device=self.device)
             else:
                 out = dict(failed=' '.join(text[-1:])[:300])
                 if self.args.logs:
@@ -364,11 +396,9 @@ class Bench:
 
     def packed(self, name, source):
         "Packed training rows of a set of rows, and those of the peer, which packs in its own way."
-        out = {}
-        for arm in (DEFAULT, PEER):
-            spec = self.spec(arm, source, 1, 1e-5, 0, None)
-            out[arm] = self.go(f'packed/{name}/{arm}', spec)['packed']
-        return out[DEFAULT], out[PEER]
+        jobs = {f'packed/{name}/{arm}': self.spec(arm, source, 1, 1e-5, 0, None) for arm in (DEFAULT, PEER)}
+        ours, theirs = self.together(jobs)
+        return ours['packed'], theirs['packed']
 
     def steps_in(self, arm, seconds, n_packed, recomputed=False):
         "Steps that fit into so many seconds, the pass through the frozen layers taken off; no more than some epochs."
@@ -382,10 +412,11 @@ class Bench:
         "The best of an arm's rates by the loss on validation rows."
         rates, found = list(RATES[ARMS[arm]['kind']]), {}
         while True:
-            for lr in rates:
-                if lr not in found:
-                    out = self.go(f'sweep/{name}/{arm}/{lr:.2g}', self.spec(arm, source, steps, lr, 0, 'validation'))
-                    found[lr] = math.inf if 'failed' in out else mean(out['validation'])
+            jobs = {f'sweep/{name}/{arm}/{lr:.2g}': self.spec(arm, source, steps, lr, 0, 'validation')
+                    for lr in rates if lr not in found}
+            new = [lr for lr in rates if lr not in found]
+            for lr, out in zip(new, self.together(jobs)):
+                found[lr] = math.inf if 'failed' in out else mean(out['validation'])
             best = min(found, key=found.get)
             if found[best] == math.inf or len(found) > len(RATES[ARMS[arm]['kind']]) + 2:
                 return best
@@ -403,48 +434,59 @@ class Bench:
         lr = self.sweep(arm, name, source, whole if peer else self.steps_in(arm, seconds/2, n_packed))
         with self.lock:
             self.result['arms'][arm].setdefault('lr', {})[name] = lr
+        jobs = {}
         for seed in range(1, self.args.seeds + 1):
-            self.go(f'seeds/{name}/{arm}/{seed}', self.spec(arm, source, whole, lr, seed, 'fully'))
+            jobs[f'seeds/{name}/{arm}/{seed}'] = self.spec(arm, source, whole, lr, seed, 'fully')
         if not peer:
             quarter = self.steps_in(arm, seconds/4, n_packed)
-            self.go(f'curve/{name}/{arm}/0.25', self.spec(arm, source, quarter, lr, 0, 'validation'))
+            jobs[f'curve/{name}/{arm}/0.25'] = self.spec(arm, source, quarter, lr, 0, 'validation')
         recomputed = self.result['arms'][arm].get('recomputed', {})
         if recomputed and 'failed' not in recomputed:
             if recomputed['peak'] <= self.result['arms'][DEFAULT]['peak']:
                 fewer = self.steps_in(arm, seconds, n_packed, True)
                 for seed in range(1, self.args.seeds + 1):
                     spec = self.spec(arm, source, fewer, lr, seed, 'fully', recompute=True)
-                    self.go(f'recomputed/{name}/{arm}/{seed}', spec)
+                    jobs[f'recomputed/{name}/{arm}/{seed}'] = spec
+        self.together(jobs)
 
     def time_to_quality(self, arm, name, source, seconds, n_packed):
         "One of the arms that came first, at parts of the seconds."
-        lr = self.result['arms'][arm]['lr'][name]
+        lr, jobs = self.result['arms'][arm]['lr'][name], {}
         for part in PARTS:
             steps = self.steps_in(arm, seconds*part, n_packed)
             for seed in range(1, self.args.seeds + 1):
-                self.go(f'quality/{name}/{arm}/{part:.2f}/{seed}', self.spec(arm, source, steps, lr, seed, 'fully'))
+                jobs[f'quality/{name}/{arm}/{part:.2f}/{seed}'] = self.spec(arm, source, steps, lr, seed, 'fully')
+        self.together(jobs)
 
     def all(self):
         "Everything, one set of rows after another."
         only = self.args.only and {*self.args.only, DEFAULT, PEER}
         arms = [arm for arm in ARMS if not only or arm in only]
         self.time_arms(arms)
-        for name, source in self.sources():
-            self.go(f'base/{name}', self.spec('base', source, 0, 0, 0, 'fully'))
-            ours, theirs = self.packed(name, source)
-            seconds = theirs*self.result['arms'][PEER]['step']
-            self.result['setup']['seconds'][name] = round(seconds, 1)
-            good = [arm for arm in arms if not self.result['arms'][arm].get('failed')]
-            self.each(good, lambda arm: self.try_arm(arm, name, source, seconds, ours))
-            own = [arm for arm in good if 'peer' not in ARMS[arm]]
-            first = sorted(own, key=lambda arm: mean_of(self.result, f'seeds/{name}/{arm}/'))[:3]
-            self.each(first, lambda arm: self.time_to_quality(arm, name, source, seconds, ours))
+        self.each(list(self.sources()), lambda named: self.rows(arms, *named))
 
-    def each(self, arms, work):
-        "So many arms at once as there are workers; what fails in one ends all."
-        with ThreadPoolExecutor(self.args.workers) as pool:
-            for done in [pool.submit(work, arm) for arm in arms]:
-                done.result()
+    def rows(self, arms, name, source):
+        "All arms on one set of rows."
+        self.go(f'base/{name}', self.spec('base', source, 0, 0, 0, 'fully'))
+        ours, theirs = self.packed(name, source)
+        seconds = theirs*self.result['arms'][PEER]['step']
+        self.result['setup']['seconds'][name] = round(seconds, 1)
+        good = [arm for arm in arms if not self.result['arms'][arm].get('failed')]
+        self.each(good, lambda arm: self.try_arm(arm, name, source, seconds, ours))
+        own = [arm for arm in good if 'peer' not in ARMS[arm]]
+        first = sorted(own, key=lambda arm: mean_of(self.result, f'seeds/{name}/{arm}/'))[:3]
+        self.each(first, lambda arm: self.time_to_quality(arm, name, source, seconds, ours))
+
+    def together(self, jobs):
+        "The results of some jobs."
+        return self.each(list(jobs.items()), lambda job: self.go(*job))
+
+    def each(self, items, work):
+        "The work on all items, at once as far as there are workers; what fails in one ends all."
+        if not items:
+            return []
+        with ThreadPoolExecutor(len(items)) as pool:
+            return list(pool.map(work, items))
 
 
 # ---------------------------------------------------------------- tables
@@ -594,6 +636,7 @@ def main():
     parser.add_argument('--logs', type=Path, metavar='FOLDER', help='keep there what failed jobs printed')
     parser.add_argument('--show', action='store_true', help='only print the tables')
     args = parser.parse_args()
+    os.environ |= dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', WANDB_MODE='disabled')
     bench = Bench(args)
     if not args.show:
         bench.prepare()

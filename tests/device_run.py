@@ -1,4 +1,6 @@
-"""The command on the stand-in device: python tests/device_run.py [single|double] ARGUMENTS
+"""The command on the stand-in device: python tests/device_run.py [single|double|real] ARGUMENTS
+
+`real` takes the device that PyTorch finds (a GPU), and no stand-in.
 
 With COPIES=FILE in the environment, the copies between device and host of each training step are written there, and
 where they came from. With `serve` in the place of arguments, modules are imported once, and each line of JSON on
@@ -13,7 +15,8 @@ import torch
 
 import standin
 
-standin.register(double=sys.argv[1] == 'double')
+if sys.argv[1] != 'real':
+    standin.register(double=sys.argv[1] == 'double')
 standin.copies.where = True
 
 import alpaca_ft.trainer  # noqa: E402

@@ -1,6 +1,6 @@
 """The matrix of models and options: every cell is a run, held against a plain loop, or a refusal that was promised.
 
-usage: python tests/matrix.py [--workers 2] [--only REGEX] [--pairs] [--more] [--logs FOLDER]
+usage: python tests/matrix.py [--workers 2] [--only REGEX] [--pairs] [--more] [--two] [--logs FOLDER]
 
 A cell is a family of models with one choice of each option. It must end in one of two ways:
 - the run ends, its losses are those of the oracle (a loop in plain PyTorch and transformers, below), what was frozen is
@@ -36,6 +36,8 @@ import torch.nn.functional as F
 import transformers
 
 import alpaca_ft
+
+import several
 
 SEED, SEQ_LEN, BATCH_SIZE, EPOCHS, LR, WARMUP, N_FREEZE = 42, 128, 2, 2, 1e-3, 0.1, 2
 ROTATE_EVERY = 3  # steps until another layer trains; a killed run goes on in the middle of them
@@ -176,6 +178,8 @@ REFUSED = [
     (dict(family='falcon', prefix='disk'), 'does not hand arguments on to its layers'),
     (dict(family='gptj', prefix='memory'), 'does not hand arguments on to its layers'),
     (dict(family='gptj', prefix='disk'), 'does not hand arguments on to its layers'),
+    (dict(processes=2, prefix='memory'), 'share kept states through a file'),
+    (dict(processes=2, micro=2), 'has work for 1 of 2 processes'),
 ]  # (choices of a cell as a dict, words of the refusal's line): all cells with these choices are refused
 
 
@@ -192,10 +196,12 @@ class Cell:
     generation: str  # `old`: the model has a generation_config.json that is no longer valid, as old copies of Llama 2
     # what trains: the last layers and the head (`freeze`), one at a time (`rotate`), two in the `middle`, `lora`
     choice: str
+    processes: int = 1  # that train together
 
     def __str__(self):
         words = [self.family, f'prefix={self.prefix}', f'ac={self.ac}', f'loss={self.loss}', f'micro={self.micro}']
         words += [self.dtype, 'killed' if self.killed else 'whole', self.generation, self.choice]
+        words += [f'{self.processes} processes']*(self.processes > 1)
         return ' '.join(words)
 
     @property
@@ -207,6 +213,17 @@ class Cell:
     def id(self):
         "A name for files and for pytest."
         return str(self).replace('prefix=', 'prefix-').replace(' ', '-').replace('=', '')
+
+
+TWO = [
+    Cell('llama-tied', 'off', 0, 'all', 1, 'fp32', False, 'new', 'freeze', 2),
+    Cell('qwen3', 'disk', 1, 'response', 1, 'bf16', True, 'new', 'lora', 2),
+    Cell('mixtral', 'disk', 0, 'all', 1, 'fp32', True, 'old', 'rotate', 2),
+    Cell('gpt2', 'off', 1, 'response', 1, 'fp32', True, 'new', 'middle', 2),
+    Cell('gemma2', 'disk', 0, 'all', 1, 'bf16', False, 'new', 'freeze', 2),
+    Cell('llama', 'memory', 0, 'all', 1, 'fp32', False, 'new', 'freeze', 2),
+    Cell('phi3', 'off', 0, 'all', 2, 'fp32', False, 'new', 'freeze', 2),
+]  # cells in two processes: each choice of what trains, and what is refused
 
 
 def product(families):
@@ -472,6 +489,29 @@ def kill_at(step):
     register_optimizer_step_pre_hook(before_step)
 
 
+def train_in_all(folder, cell, resume=False):
+    "Train in the cell's number of processes: this one is the first, and the others are its children."
+    port = several.free_port()
+
+    def other(number):
+        several.member(number, cell.processes, port)
+        if cell.killed and not resume:
+            kill_at(KILLED_AT)
+        try:
+            alpaca_ft.train(run_config(folder, cell, resume))
+        except alpaca_ft.Refused:
+            return 3
+    others = [fork(functools.partial(other, number)) for number in range(1, cell.processes)]
+    if others:
+        several.member(0, cell.processes, port)
+    run = alpaca_ft.train(run_config(folder, cell, resume))
+    for pid in others:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code:
+            raise RuntimeError(f'another process ended with exit code {code}')
+    return run
+
+
 def killed_run(folder, cell):
     "Run a cell in a child that is killed. Where the run ends before, by a refusal or an error, that is raised here."
     report = Path('..').resolve()/'killed.txt'
@@ -479,7 +519,7 @@ def killed_run(folder, cell):
     def work():
         kill_at(KILLED_AT)
         try:
-            alpaca_ft.train(run_config(folder, cell))
+            train_in_all(folder, cell)
             report.write_text('the run that was to be killed ended by itself')
         except alpaca_ft.Refused as e:
             report.write_text(str(e))
@@ -509,7 +549,7 @@ def try_cell(folder, cell):
         if cell.killed:
             killed_run(folder, cell)
             resume = True
-        run = alpaca_ft.train(run_config(folder, cell, resume))
+        run = train_in_all(folder, cell, resume)
     except alpaca_ft.Refused as e:
         left = sorted(set(os.listdir()) - before)
         problems = []
@@ -603,7 +643,7 @@ def compare_models(folder, right, cell, run):
         add_lora(began)
     began = began.state_dict()
     saved_model = from_pretrained('run/model').eval()
-    saved, memory = saved_model.state_dict(), run.model.state_dict()
+    saved, memory = saved_model.state_dict(), run.model.cpu().state_dict()
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     kept = torch.bfloat16 if cell.dtype == 'bf16' else torch.float32  # the precision of what is frozen
     problems = []
@@ -723,10 +763,14 @@ def main(argv=None):
     parser.add_argument('--only', default='', metavar='REGEX', help='the cells whose name this finds')
     parser.add_argument('--pairs', action='store_true', help='each pair of choices once at least, not the product')
     parser.add_argument('--more', action='store_true', help='the families of the table MORE too')
+    parser.add_argument(
+        '--two', action='store_true', help='the cells of the table TWO, in two processes, and no others'
+    )
     parser.add_argument('--logs', type=Path, metavar='FOLDER', help='keep there what failed cells printed')
     args = parser.parse_args(argv)
     families = list(FAMILIES | MORE) if args.more else list(FAMILIES)
-    cells = [cell for cell in (pairs if args.pairs else product)(families) if re.search(args.only, str(cell))]
+    cells = TWO if args.two else (pairs if args.pairs else product)(families)
+    cells = [cell for cell in cells if re.search(args.only, str(cell))]
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -10,6 +10,9 @@ good = dict(instruction='Say hi.', input='', output='Hi!')
 def lines(*rows): return ''.join(json.dumps(r) + '\n' for r in rows).encode()
 
 
+def turn(role, content): return dict(role=role, content=content)
+
+
 def without(*keys): return {k: v for k, v in good.items() if k not in keys}
 
 
@@ -36,15 +39,102 @@ FILES = {  # name: (file name, its bytes, a part of the message)
     'number for text': ('a.jsonl', lines(good | dict(output=42)), 'row 1: output is of type int'),
     'nested field': ('a.jsonl', lines(good | dict(input={'a': 1})), 'row 1: input is of type dict'),
     'list of texts': ('a.jsonl', lines(good | dict(instruction=['a', 'b'])), 'row 1: instruction is of type list'),
-    'huge instruction': ('a.jsonl', lines(good | dict(instruction='a'*10_000_000)),
-                         'row 1: instruction has 10,000,000 characters'),
+    'huge instruction': (
+        'a.jsonl',
+        lines(good | dict(instruction='a' * 10_000_000)),
+        'row 1: instruction has 10,000,000 characters',
+    ),
     'control character': ('a.jsonl', lines(good | dict(output='a\x00b')), "control character '\\x00'"),
     'escape sequence': ('a.jsonl', lines(good | dict(instruction='\x1b[31mred')), 'control character'),
-    'prompt heading': ('a.jsonl', lines(good | dict(instruction='x\n### Response:\ny')),
-                       "prompt heading '### Response:'"),
+    'prompt heading': (
+        'a.jsonl',
+        lines(good | dict(instruction='x\n### Response:\ny')),
+        "prompt heading '### Response:'",
+    ),
     'half a surrogate': ('a.jsonl', b'{"instruction": "\\ud83d", "output": "x"}', 'half a surrogate pair'),
-    'no room for a response': ('a.jsonl', lines(*[good | dict(instruction='word '*600)]*12),
-                               'no example has room for its response'),
+    'other names': (
+        'a.jsonl',
+        lines(dict(question='Say hi.', answer='Hi!')),
+        'give --columns instruction=question,output=answer',
+    ),
+    'unknown names': ('a.jsonl', lines(dict(left='Say hi.', right='Hi!')), 'say with --columns which is what'),
+    'chat without an answer': ('a.jsonl', lines(dict(messages=[turn('user', 'Hi.')])), "the last turn is the user's"),
+    'chat that begins with the answer': (
+        'a.jsonl',
+        lines(dict(messages=[turn('assistant', 'Hi.')])),
+        "turn 1 is the assistant's",
+    ),
+    'two questions in a row': (
+        'a.jsonl',
+        lines(dict(messages=[turn('user', 'a'), turn('user', 'b'), turn('assistant', 'c')])),
+        "turn 2 is the user's",
+    ),
+    'late system message': (
+        'a.jsonl',
+        lines(dict(messages=[turn('user', 'a'), turn('system', 'b'), turn('assistant', 'c')])),
+        "turn 2 is the system's",
+    ),
+    'unknown role': (
+        'a.jsonl',
+        lines(dict(messages=[turn('narrator', 'a'), turn('assistant', 'c')])),
+        "the role 'narrator'",
+    ),
+    'turn without text': (
+        'a.jsonl',
+        lines(dict(messages=[turn('user', ''), turn('assistant', 'c')])),
+        'turn 1 has no text',
+    ),
+    'turn of another kind': ('a.jsonl', lines(dict(messages=['Hi.', 'Hello.'])), 'turn 1 is of type str'),
+    'chat that is a text': ('a.jsonl', lines(dict(messages='Hi.')), 'messages is not a list of turns'),
+    'empty chat': ('a.jsonl', lines(dict(conversations=[])), 'conversations is not a list of turns'),
+    'tool call': (
+        'a.jsonl',
+        lines(dict(messages=[turn('user', 'a'), turn('assistant', 'c') | dict(tool_calls=[{'id': 'x'}])])),
+        'calls a tool',
+    ),
+    'picture in a turn': (
+        'a.jsonl',
+        lines(dict(messages=[dict(role='user', content=[dict(type='image', url='x')]), turn('assistant', 'c')])),
+        'parts that are not text',
+    ),
+    'control character in a turn': (
+        'a.jsonl',
+        lines(
+            dict(messages=[turn('user', 'a\x00'), turn('assistant', 'b'), turn('user', 'c'), turn('assistant', 'd')])
+        ),
+        'turn 1 holds the control character',
+    ),
+    'system message in the alpaca template': (
+        'a.jsonl',
+        lines(*[dict(messages=[turn('system', 'a'), turn('user', 'b'), turn('assistant', str(i))]) for i in range(12)]),
+        'user and assistant messages only',
+    ),
+    'special token in a chat': (
+        'a.jsonl',
+        lines(
+            *[
+                dict(
+                    messages=[
+                        turn('user', 'a'),
+                        turn('assistant', 'b </s>'),
+                        turn('user', 'c'),
+                        turn('assistant', str(i)),
+                    ]
+                )
+                for i in range(12)
+            ]
+        ),
+        "special token '</s>'",
+    ),
+    'prompt without a completion': ('a.jsonl', lines(dict(prompt='Say hi.')), 'it has prompt: say with --columns'),
+    'prompt of another kind': ('a.jsonl', lines(dict(prompt=7, completion='Hi!')), 'instruction is missing'),
+    'true for text': ('a.jsonl', lines(good | dict(output=True)), 'output is of type bool'),
+    'nan': ('a.jsonl', b'{"instruction": "x", "output": NaN}\n', 'output is of type float'),
+    'no room for a response': (
+        'a.jsonl',
+        lines(*[good | dict(instruction='word ' * 600)] * 12),
+        'no example has room for its response',
+    ),
 }
 
 
@@ -81,6 +171,31 @@ OPTIONS = {  # name: (arguments, a part of the message)
     'config of a wrong type': (['--config', 'type.yaml'], 'freeze_embed is'),
     'folder of a run': (['--out', 'full'], 'exists already'),
     'folder without rows': (['--data', 'full'], 'no .json or .jsonl files'),
+    'no such template': (['--template', 'mine.jinja'], 'mine.jinja cannot be read'),
+    'broken template': (['--template', 'broken.jinja'], 'the chat template does not take turns'),
+    'template without an end': (['--template', 'endless.jinja'], 'ends an answer without a special token'),
+    'template that drops the question': (['--template', 'deaf.jinja'], "leaves out or repeats the user's turn"),
+    'no chat template': (['--template', 'chat'], 'has no chat template'),
+    'columns without a name': (['--columns', 'question'], 'write it as instruction=question'),
+    'columns of another part': (['--columns', 'task=question'], 'write it as instruction=question'),
+    'columns that are not there': (['--columns', 'instruction=question'], "has no column 'question'"),
+    'near-duplicates beyond 1': (['--near-duplicates', '80'], 'give 0.1 to 1'),
+    'no near-duplicates at all': (['--near-duplicates', '0'], 'give at least 0.1'),
+    'unknown method': (['--method', 'qlora'], 'use freeze or lora or full'),
+    'lora on nothing': (['--method', 'lora', '--lora-targets', 'nowhere'], 'nowhere'),
+    'rank without lora': (['--lora-rank', '8'], 'give --method lora'),
+    'layers and n_freeze': (['--layers', 'last:2'], 'give one of them'),
+    'layers that are not there': (['--n-freeze', '24', '--layers', '8-15'], 'are 0 to 3; give two of these numbers'),
+    'layers in words': (['--n-freeze', '24', '--layers', 'the last two'], 'give numbers from 0'),
+    'a part beyond all': (['--n-freeze', '1.5'], 'a part such as 0.75'),
+    'warm-up beyond the end': (['--warmup', '2'], 'give 0 to 1'),
+    'spike below 1': (['--loss-spike-stop', '0.5'], 'give at least 1'),
+    'kept states of nothing': (['--n-freeze', '0', '--prefix-cache', 'disk'], 'no frozen layers'),
+    'nothing to resume': (['--resume'], 'no run to resume'),
+    'log_model without W&B': (['--log-model'], '--track wandb'),
+    'a yes for a number': (['--seq-len', 'yes'], 'give a whole number'),
+    'too short a row': (['--seq-len', '4'], 'give at least 8'),
+    'evaluation rows that are not there': (['--eval-data', 'nowhere.jsonl'], 'no such file'),
     'empty model folder': (['--model', 'empty'], 'not a model folder'),
 }
 
@@ -93,6 +208,12 @@ def test_options(name, here, tiny, rows, command):
     (here/'full'/'notes.txt').write_text('mine')
     for f, text in dict(broken='a: [', typo='seq_length: 3', list='- 1', type='freeze_embed: 3').items():
         (here/f'{f}.yaml').write_text(text)
+    for f, text in dict(
+        broken='{% for m in',
+        endless='{% for m in messages %}{{ m.content }}{% endfor %}',
+        deaf='{{ messages[-1].content }}</s>',
+    ).items():
+        (here/f'{f}.jinja').write_text(text)
     before = sorted(here.rglob('*'))
     code, out, err = command('train', '--model', tiny, '--data', rows, '--n-freeze', 2, '--seq-len', 128, '--out',
                              'run', *args)
@@ -164,3 +285,30 @@ def test_one_row_given_twelve_times(here, tiny, command):
     (here/'a.jsonl').write_bytes(lines(*[good]*12))
     code, out, err = command('check', '--model', tiny, '--data', 'a.jsonl', '--n-freeze', 2, '--seq-len', 256)
     assert code == 2 and 'all 1 evaluation rows are training rows too' in err, out + err
+
+
+@pytest.mark.parametrize('argv,part', [
+    (['sample', 'nowhere', '--instruction', 'x'], 'nowhere'),
+    (['sample', './tiny', '--instruction', ' '], 'instruction is empty'),
+    (['sample', './tiny', '--file', 'nowhere.jsonl'], 'nowhere.jsonl'),
+    (['sample', './tiny', '--file', 'ask.jsonl'], "ask.jsonl: row 2: messages: the last turn is the system's"),
+    (['evaluate', './tiny', '--data', 'nowhere.jsonl'], 'nowhere.jsonl'),
+    (['evaluate', './tiny', '--data', 'ask.jsonl', '--judge-url', 'ftp://x'], 'judge'),
+    (['export', './tiny', '--to', 'x'], 'not a run folder'),
+    (['export', './tiny'], 'the following arguments are required: --to'),
+    (['report', './tiny'], 'not a run folder'),
+    (['split', 'nowhere.jsonl', '--out', 'x'], 'nowhere.jsonl'),
+    (['split', 'ask.jsonl', '--out', 'tiny'], 'exists already'),
+    (['completion', 'powershell'], 'powershell'),
+    (['tune'], 'tune'),
+    ([], 'required'),
+])
+def test_other_commands(argv, part, here, tiny, command):
+    "What sample, evaluate, export and the others refuse: one line, and nothing is written."
+    import shutil
+    shutil.copytree(tiny, here/'tiny')
+    (here/'ask.jsonl').write_bytes(lines(good, dict(messages=[turn('system', 'x')])))
+    before = sorted(here.rglob('*'))
+    code, out, err = command(*argv)
+    assert (code, out, len(err.splitlines())) == (2, '', 1), err
+    assert part in err and sorted(here.rglob('*')) == before, err

@@ -240,3 +240,86 @@ def test_quick_import():
             "print([m for m in ('torch', 'datasets', 'pyarrow', 'numpy') if m in sys.modules])")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout == '[]\n', done.stderr
+
+
+def test_near_duplicates():
+    "Pairs of known similarity: those above the threshold are found, and no other; chats by their turns."
+    import random
+    from alpaca_ft.data import near_duplicates, phrases, similarity
+    from datasets import Dataset
+    rng, names = random.Random(0), [f'w{i}' for i in range(4000)]
+    first, second = [], []
+    for _ in range(300):
+        words = [rng.choice(names) for _ in range(60)]
+        first.append(dict(instruction='Do it', input='', output=' '.join(words)))
+        for _ in range(rng.randint(0, 8)):
+            words[rng.randrange(60)] = rng.choice(names)
+        second.append(dict(instruction='Do it', input='', output=' '.join(words)))
+    true = [similarity(phrases(a.values()), phrases(b.values())) for a, b in zip(first, second)]
+    for threshold in (.5, .8):
+        near = sum(s >= threshold for s in true)
+        found = near_duplicates(Dataset.from_list(first), Dataset.from_list(second), threshold)
+        assert 50 < near < 300 and (found['train'], found['eval']) == (0, near), (threshold, near, found)
+        assert (
+            near_duplicates(Dataset.from_list(first + second), Dataset.from_list(first[:1]), threshold)['train'] == near
+        )
+    chats = [
+        dict(
+            instruction='b',
+            input='',
+            output='c',
+            messages=json.dumps([dict(role='user', content=c), dict(role='assistant', content='c')]),
+        )
+        for c in 'abde'
+    ]
+    assert near_duplicates(Dataset.from_list(chats), Dataset.from_list(chats[:1]), .5)['train'] == 0
+
+
+def animal_rows():
+    "Twelve made rows; none is near another."
+    rows = []
+    for n in 'cat dog owl fox hen cow pig ant bee elk yak emu'.split():
+        rows.append(dict(instruction=f'Say what the {n} does when the {n} is alone.', input='',
+                         output=f'The {n} sits by the {n} house and waits until someone calls the {n} back in.'))
+    return rows
+
+
+def test_near_duplicates_in_a_run(here, tiny, command):
+    "Lines of check, and the same in preflight.json; made rows, three of them nearly said before."
+    from alpaca_ft import RunConfig, train
+    base = animal_rows()
+    near = [r | dict(output=r['output'] + ' Then it eats.') for r in base[:3]]
+    other = [base[5] | dict(output=base[5]['output'][:-1] + ' now.'),
+             dict(instruction='Count.', input='', output='One, two.')]
+    for name, rows in dict(train=base + near, eval=other).items():
+        (here/f'{name}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    args = ['--model', tiny, '--data', 'train.jsonl', '--eval-data', 'eval.jsonl', '--n-freeze', 2, '--seq-len', 256]
+    code, out, err = command('check', *args, '--near-duplicates', 0.7)
+    said = ('near      3 training rows nearly repeat an earlier one, 1 evaluation rows a training row '
+            '(70% of their phrases or more)')
+    assert code == 0 and said in out, out + err
+    assert 'near ' not in command('check', *args)[1]
+    run = train(RunConfig(model=str(tiny), data='train.jsonl', eval_data='eval.jsonl', n_freeze=2, seq_len=256,
+                          max_steps=1, n_samples=0, out='run', near_duplicates=.7))
+    said = json.loads((run.out/'preflight.json').read_text())['near_duplicates']
+    assert (said['threshold'], said['train'], said['eval']) == (.7, 3, 1)
+    assert ['eval', base[5]['instruction'], base[5]['instruction']] in said['pairs']
+    code, out, err = command('check', *args, '--near-duplicates', 7)
+    assert code == 2 and 'give 0.1 to 1' in err
+
+
+def test_near_duplicates_without_the_library(here, tiny):
+    "Refused in one line before anything is read or written."
+    code = (
+        "import importlib.util as u; find = u.find_spec; "
+        "u.find_spec = lambda n, *a: None if n == 'datasketch' else find(n, *a)\nimport sys\n"
+        "from alpaca_ft.cli import main; "
+        "sys.exit(main(['train', '--data', 'nowhere.jsonl', '--near-duplicates', '0.8', '--out', 'run']))"
+    )
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (r.returncode, r.stdout, len(r.stderr.splitlines())) == (
+        2,
+        '',
+        1,
+    ) and "pip install 'alpaca_ft[near]'" in r.stderr, r.stderr
+    assert not list(here.iterdir())

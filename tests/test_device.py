@@ -1,4 +1,7 @@
-"Whole commands on a device of its own (see standin.py): what lies where, in which precision, and what has to wait."
+"""Whole commands on a device of its own (see standin.py): what lies where, in which precision, and what has to wait.
+
+Where there is a GPU, the same commands run on that instead, and only the count of copies is left out.
+"""
 import json
 import os
 import shutil
@@ -7,11 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
+REAL = torch.cuda.is_available()
 TRAIN = ['--n-freeze', '2', '--seq-len', '128', '--batch-size', '4', '--micro-batch-size', '2', '--n-samples', '1',
          '--max-new-tokens', '4', '--lr', '1e-3', '--max-steps', '6']
 
@@ -53,7 +59,7 @@ class Device:
 @pytest.fixture(scope='module')
 def single():
     "The device without float64."
-    device = Device('single')
+    device = Device('real' if REAL else 'single')
     yield device
     device.close()
 
@@ -61,7 +67,7 @@ def single():
 @pytest.fixture(scope='module')
 def double():
     "The device with float64."
-    device = Device('double')
+    device = Device('real' if REAL else 'double')
     yield device
     device.close()
 
@@ -75,10 +81,10 @@ def losses(out):
 @pytest.fixture(scope='module')
 def on_cpu(tiny, rows, tmp_path_factory):
     "The same run on the CPU."
-    from alpaca_ft import RunConfig, train
     out = tmp_path_factory.mktemp('cpu')/'run'
-    train(RunConfig(model=str(tiny), data=str(rows), out=str(out), n_freeze=2, seq_len=128, batch_size=4,
-                    micro_batch_size=2, n_samples=1, max_new_tokens=4, lr=1e-3, max_steps=6, dtype='fp32'))
+    command = [sys.executable, '-m', 'alpaca_ft', 'train', '--model', tiny, '--data', rows, *TRAIN, '--dtype', 'fp32']
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES='')
+    subprocess.run([*map(str, command), '--out', str(out)], check=True, capture_output=True, env=env)
     return losses(out)
 
 
@@ -100,6 +106,7 @@ def test_bf16(here, tiny, rows, on_cpu, double):
     assert losses('run') == pytest.approx(on_cpu, abs=0.02) and losses('run') != pytest.approx(on_cpu, abs=1e-7)
 
 
+@pytest.mark.skipif(REAL, reason='copies are counted on the stand-in only')
 def test_nothing_waits_for_the_device(here, tiny, rows, tmp_path, double):
     "A step copies its batch to the device, and back only what is logged: the loss and the norm, and the look at both."
     report = tmp_path/'copies.json'
@@ -147,7 +154,17 @@ def test_use(here, tiny, rows, single):
 def test_command_on_the_device(here, tiny, rows):
     "Once without anything imported before, as a user's process is."
     args = ['train', '--model', tiny, '--data', rows, *TRAIN, '--max-steps', 1, '--dtype', 'fp32', '--out', 'run']
-    r = subprocess.run([sys.executable, HERE/'device_run.py', 'double', *map(str, args)], capture_output=True,
-                       text=True,
+    kind = 'real' if REAL else 'double'
+    r = subprocess.run([sys.executable, HERE/'device_run.py', kind, *map(str, args)], capture_output=True, text=True,
                        env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert r.returncode == 0 and Path('run/model/model.safetensors').exists(), r.stderr[-3000:]
+
+
+@pytest.mark.skipif(not REAL or not find_spec('liger_kernel'), reason='Liger needs a GPU')
+def test_liger_takes_an_empty_micro_batch():
+    from alpaca_ft.speed import liger_linear_loss
+    h = torch.zeros(0, 8, device='cuda', requires_grad=True)
+    w = torch.zeros(9, 8, device='cuda', requires_grad=True)
+    loss = liger_linear_loss(h, w, torch.zeros(0, dtype=torch.long, device='cuda'), 1.)
+    loss.backward()
+    assert loss.item() == 0 and h.grad.shape == (0, 8)

@@ -281,17 +281,106 @@ func main() {
                                                        output=x['Response'])) + '<|im_end|>' for x in rows]
 
 
-def test_modelfile_of_another_template(tokenizer, here):
-    "A model that was trained with a chat template gets none of ours, and a line that says so."
+GO_CHAT = """package main
+import ("encoding/json"; "os"; "strings"; "text/template")
+func main() {
+    var in []struct { Template string; System string; Messages []struct { Role, Content string } }
+    data, _ := os.ReadFile("in.json")
+    if err := json.Unmarshal(data, &in); err != nil { panic(err) }
+    var out []string
+    for _, x := range in {
+        t := template.Must(template.New("").Option("missingkey=zero").Parse(x.Template))
+        var b strings.Builder
+        if err := t.Execute(&b, map[string]any{"System": x.System, "Messages": x.Messages}); err != nil { panic(err) }
+        out = append(out, b.String())
+    }
+    json.NewEncoder(os.Stdout).Encode(out)
+}"""
+BODY = (
+    r'(.*?)\{\{ range \$i, \$_ := .Messages \}\}\{\{ if eq .Role "user" \}\}\{\{ .Content \}\}(.*?)'
+    r'\{\{ else if eq .Role "assistant" \}\}\{\{ .Content \}\}'
+    r'\{\{ if gt \(len \(slice \$.Messages \$i\)\) 1 \}\}(.*?)\{\{ end \}\}\{\{ end \}\}\{\{ end \}\}'
+)
+
+
+def go_chat(template, System, Messages):
+    "What Go makes of our template of a chat."
+    start, ask, following = re.fullmatch(BODY, template, re.S).groups()
+    out = go(start, System=System)
+    for i, m in enumerate(Messages):
+        if m['Role'] == 'user':
+            out += m['Content'] + ask
+        if m['Role'] == 'assistant':
+            out += m['Content'] + (following if i < len(Messages) - 1 else '')
+    return out
+
+
+def chat_tokenizer(name):
+    "The demo's tokenizer with a stock template, and with Llama's BOS where that is what it does."
+    from tokenizers.processors import TemplateProcessing
+    from test_templates import tokenizer_with
+    from alpaca_ft.model import model_folder
+    from alpaca_ft.prompts import use_template
+    tok = tokenizer_with(name, model_folder('demo'))
+    if 'llama' in name:
+        tok.bos_token = bos = '<|begin_of_text|>'
+        first = TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, tok.bos_token_id)])
+        tok.backend_tokenizer.post_processor = first
+    use_template(tok, 'chat')
+    return tok
+
+
+def test_modelfile_of_chat_templates(here):
+    """For the stock templates of Llama, Qwen and others: what Ollama sends is what the model was trained with, BOS
+    once; run by Go where it is here."""
+    from test_templates import STOCK
+    from alpaca_ft.gguf_file import begins_with_bos
+    from alpaca_ft.prompts import row_prompt
+    asked, want = [], []
+    said = (('user', 'Name a fruit.'), ('assistant', 'An apple.'), ('user', 'Another one?'))
+    turns = [dict(role=role, content=content) for role, content in said]
+    names = dict(llama3=1, llama3_1=1, llama3_2=1, qwen2_5=1, qwen3=1, phi3=1, gemma=0)  # 1: takes a system message
+    for name, with_system in names.items():
+        if not (STOCK/f'{name}.jinja').exists():
+            continue
+        tok = chat_tokenizer(name)
+        assert begins_with_bos(tok) == ('llama' in name)
+        template = dict(parse_modelfile(modelfile('m.gguf', tok, 512)))['TEMPLATE']
+        for chat in [turns[:1], turns] + [[dict(role='system', content='Be brief.'), *turns]]*with_system:
+            row = dict(instruction='', messages=json.dumps([*chat, dict(role='assistant', content='-')]))
+            prompt = row_prompt(row, tok)
+            want.append(prompt.removeprefix(tok.bos_token) if begins_with_bos(tok) else prompt)
+            system = chat[0]['content'] if chat[0]['role'] == 'system' else ''
+            messages = [dict(Role=m['role'], Content=m['content']) for m in chat]
+            asked.append(dict(Template=template, System=system, Messages=messages))
+    assert len(want) > 15
+    for one, prompt in zip(asked, want):
+        assert go_chat(one['Template'], one['System'], one['Messages']) == prompt
+    if not shutil.which('go'):
+        return
+    (here/'in.json').write_text(json.dumps(asked))
+    (here/'main.go').write_text(GO_CHAT)
+    r = subprocess.run(['go', 'run', 'main.go'], capture_output=True, text=True, timeout=300,
+                       env=os.environ | dict(GOCACHE=str(here/'cache'), GOFLAGS='-mod=mod'))
+    assert r.returncode == 0, r.stderr
+    assert json.loads(r.stdout) == want
+
+
+def test_modelfile_without_a_template(tokenizer, here):
+    "A chat template that cannot be put into Go gets none, and a line that says why."
     import copy
     from alpaca_ft.prompts import use_template
     tok = copy.deepcopy(tokenizer)
     (here/'t.jinja').write_text('{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}')
     use_template(tok, 't.jinja')
     said = parse_modelfile(modelfile('m.gguf', tok, 9999))
-    assert '# Trained with a chat template' in modelfile('m.gguf', tok, 9999)
-    assert [n for n, _ in said] == ['FROM', 'stop', 'temperature', 'repeat_penalty', 'num_ctx']
-    assert dict(said)['num_ctx'] == '4096'
+    assert (
+        '# No TEMPLATE for Ollama: the template writes a turn in another way when others follow. llama.cpp reads'
+        in modelfile('m.gguf', tok, 9999)
+    )
+    assert [n for n, _ in said] == ['FROM', 'stop', 'temperature', 'repeat_penalty', 'num_ctx'] and dict(said)[
+        'num_ctx'
+    ] == '4096'
 
 
 # ---- llama.cpp ----
@@ -425,11 +514,15 @@ def test_served(served):
 
 
 def test_served_with_input(served):
-    """OpenAI's messages have no field for an input, and the server leaves ours out; the prompt itself goes to
-    /v1/completions."""
+    """OpenAI's messages have no field for an input, and the server leaves ours out; a system message is it, or the
+    prompt itself goes to /v1/completions."""
     client, name = served
     row = FEW[8]
     text = client.completions.create(model=name, prompt=create_prompt_no_answer(row)['text'], max_tokens=40).choices[0]
-    assert (text.text,
-            text.finish_reason) == (answers(load_model(name, dtype=torch.float32), load_tokenizer(name), [row])[0],
-                                    'stop')
+    assert (text.text, text.finish_reason) == (
+        answers(load_model(name, dtype=torch.float32), load_tokenizer(name), [row])[0],
+        'stop',
+    )
+    asked = [dict(role='system', content=row['input']), dict(role='user', content=row['instruction'])]
+    chat = client.chat.completions.create(model=name, messages=asked, max_tokens=40).choices[0]
+    assert (chat.message.content, chat.finish_reason) == (text.text, 'stop')

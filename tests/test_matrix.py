@@ -7,6 +7,7 @@ import pytest
 import matrix
 
 CELLS = [pytest.param(cell, id=cell.id) for cell in matrix.pairs(matrix.FAMILIES)]
+CELLS += [pytest.param(cell, id=cell.id) for cell in matrix.TWO]
 CELLS += [pytest.param(cell, id=cell.id, marks=pytest.mark.slow) for cell in matrix.pairs(matrix.MORE)]
 
 

@@ -13,8 +13,8 @@ root = Path(__file__).parent.parent
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
 chapters = {m[1]: p for p in notebooks if (m := re.search(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8')))}
 # a module imports from those before it
-ORDER = ('checks formats data files options templates prompts packing model manifest gguf_file sampling trainer '
-         'evaluate prefix speed memory checkpoints tracking report run use cli').split()
+ORDER = ('checks formats data files processes options templates prompts packing model manifest gguf_file sampling '
+         'trainer evaluate prefix speed memory layers checkpoints tracking report run use cli').split()
 
 
 def python(code):
@@ -198,7 +198,41 @@ def test_private_names_are_there():
     config = LlamaConfig(name_or_path='somewhere')
     config._attn_implementation = 'sdpa'
     about = config.to_dict()
-    assert '_name_or_path' in about, ('transformers no longer writes _name_or_path: '
-                                      'the digest of a config may depend on where it is')
-    assert hasattr(config,
-                   '_attn_implementation'), 'transformers renamed _attn_implementation: look at manifest.config_digest'
+    assert '_name_or_path' in about, (
+        'transformers no longer writes _name_or_path: the digest of a config may depend on where it is'
+    )
+    assert hasattr(config, '_attn_implementation'), (
+        'transformers renamed _attn_implementation: look at manifest.config_digest'
+    )
+
+
+def test_completion(tmp_path):
+    "The script in a real bash: commands, options and files; without the library one line that says what to install."
+    import shutil
+
+    script = subprocess.run(
+        [sys.executable, '-m', 'alpaca_ft', 'completion', 'bash'], capture_output=True, text=True, check=True
+    ).stdout
+    (tmp_path/'complete.sh').write_text(script)
+    (tmp_path/'my_rows.jsonl').write_text('')
+    if shutil.which('bash'):
+        def completed(*words):
+            code = (
+                f"source complete.sh; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_alpaca_ft; "
+                f"echo ${{COMPREPLY[@]}}"
+            )
+            return subprocess.run(['bash', '-c', code], capture_output=True, text=True, cwd=tmp_path).stdout.split()
+        assert completed('alpaca_ft', 'ev') == ['evaluate']
+        assert completed('alpaca_ft', 'check', '--near') == ['--near-duplicates']
+        assert completed('alpaca_ft', 'train', '--data', 'my') == ['my_rows.jsonl']
+    code = (
+        "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'shtab' "
+        "else find(n, *a)\nimport sys\n"
+        "from alpaca_ft.cli import main; sys.exit(main(['completion', 'bash']))"
+    )
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (r.returncode, r.stdout, len(r.stderr.splitlines())) == (
+        2,
+        '',
+        1,
+    ) and "pip install 'alpaca_ft[completion]'" in r.stderr

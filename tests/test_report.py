@@ -120,3 +120,43 @@ def test_refusals(here, runs, command):
                       ([runs[0], '--to', 'no/such/folder.html'], 'cannot be written')):
         code, out, err = command('report', *argv)
         assert code == 2 and why in err and len(err.splitlines()) == 1
+
+
+def test_rows_as_the_trainer_sees_them(tiny, here, page):
+    "Documents in frames, what is learnt marked, in the words of `check --show`; HTML in a row stays text."
+    from alpaca_ft.run import prepare
+    from alpaca_ft.sampling import show_row
+
+    rows = [
+        dict(
+            instruction=f'Repeat {i}: <script>document.title = "pwned"</script>',
+            input='',
+            output=f'<img src=x onerror="document.title=1"></div></mark> {i}',
+        )
+        for i in range(40)
+    ]
+    (here/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    cfg = RunConfig(
+        model=str(tiny),
+        data='rows.jsonl',
+        out='run',
+        n_freeze=2,
+        seq_len=256,
+        loss_on='response',
+        n_samples=0,
+        dtype='fp32',
+        max_steps=1,
+    )
+    run = train(cfg)
+    p = page(run.out/'report.html')
+    assert (
+        p.problems == [] and p.title() == 'run' and p.locator('script').count() == 1 and p.locator('img').count() == 0
+    )
+    text = show_row(prepare(RunConfig(**vars(cfg) | dict(out='other'))).train[0], run.tokenizer, 'response')
+    first = p.locator('details', has_text='packed row 1').first
+    frames = first.locator('.document')
+    assert frames.count() == text.count('--- document') > 1 and first.get_attribute('open') is not None
+    said = ''.join(f'⟦{m}⟧' for m in frames.first.locator('mark').all_text_contents())
+    assert said.startswith('⟦<img src=x') and said in text and 'ends in' in frames.first.inner_text()
+    assert '<script>document.title = "pwned"</script>' in frames.first.inner_text()
+    assert p.locator('details', has_text='packed row 2').count() == 1

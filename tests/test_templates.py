@@ -8,6 +8,7 @@ import trl
 from transformers import AutoTokenizer
 
 from alpaca_ft import RunConfig, load_alpaca, train, use_template
+from alpaca_ft.sampling import before_after
 from alpaca_ft.prompts import end_ids, is_alpaca, row_prompt, tokenize
 from alpaca_ft.templates import DATE, ChatTemplate
 
@@ -114,6 +115,9 @@ def test_run_on_chats(tiny, tmp_path):
     samples = [json.loads(line) for line in (tmp_path/'run'/'samples.jsonl').read_text().splitlines()]
     assert all(s['prompt'].endswith('user:\nAnd plus two?\nassistant:\n') for s in samples)
     assert all(re.fullmatch(r'It is \d+\.', s['reference']) for s in samples)
+    assert [line for line in before_after(tmp_path / 'run' / 'samples.jsonl') if line.startswith('asked')] == [
+        'asked:  And plus two?'
+    ] * 2
 
 
 def test_chats_in_alpaca_prompts(tiny, tmp_path):

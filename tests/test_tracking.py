@@ -9,7 +9,7 @@ import pytest
 from alpaca_ft import Refused, RunConfig, load_alpaca, train
 
 sys.path.insert(0, os.path.dirname(__file__))
-from wandb_loopback import Server  # noqa: E402
+from wandb_loopback import Receiver, Server  # noqa: E402
 
 ROW = b'{"instruction": "a", "input": "", "output": "b"}\n'
 FILES = {'alpaca_gpt4_train.jsonl': ROW*5, 'alpaca_gpt4_eval.jsonl': ROW}
@@ -60,6 +60,49 @@ def test_wandb_goes_on_in_the_same_run(tiny, rows, tmp_path):
     ids = [p.name for p in run.out.glob('wandb/offline-run-*/run-*.wandb')]
     assert len(ids) == 2 and len(set(ids)) == 1, ids
     assert ids[0] == f"run-{(run.out/'wandb-id.txt').read_text().strip()}.wandb"
+
+
+def test_wandb_sync(tiny, rows, tmp_path, monkeypatch, capfd):
+    """An offline run and its resumed part, sent by the command that was printed: one run, nothing lost, the model
+    with its bytes and its evaluation."""
+    import re
+    import shutil
+    run = tiny_run(tiny, rows, tmp_path/'run', track='wandb', save_every=2, log_model=True)
+    shutil.rmtree(run.out/'model')
+    shutil.rmtree(run.out/'checkpoints'/'step-4')
+    tiny_run(tiny, rows, tmp_path/'run', track='wandb', save_every=2, log_model=True, resume=True)
+    told = re.findall('`wandb (sync .*)` sends it', capfd.readouterr().err)[-1].split()
+    assert len(told) == 3
+    s = Receiver()
+    monkeypatch.setenv('WANDB_API_KEY', 'x'*40)
+    monkeypatch.setenv('WANDB_BASE_URL', s.url)
+    r = subprocess.run([sys.executable, '-m', 'wandb', *told], capture_output=True, text=True, timeout=120)
+    s.shutdown()
+    s.server_close()
+    assert r.returncode == 0, r.stderr
+    assert list(s.runs) == [(run.out/'wandb-id.txt').read_text().strip()]
+    history = [json.loads(line) for line in next(iter(s.runs.values()))['wandb-history.jsonl']]
+    assert [h['train/global_step'] for h in history if 'train/loss' in h] == [
+        1,
+        2,
+        3,
+        4,
+        3,
+        4,
+    ]  # steps 3 and 4 again: they were trained again
+    assert [h['_step'] for h in history] == list(range(len(history)))
+    losses = {h['train/global_step']: h['train/loss'] for h in history if 'train/loss' in h}
+    metrics = [json.loads(line) for line in open(run.out/'metrics.jsonl')]
+    assert losses == {m['step']: pytest.approx(m['loss']) for m in metrics if 'loss' in m}
+    assert {'model-run'} <= set(s.committed)
+    for path in (run.out/'model').iterdir():
+        assert s.put[f'model-run/{path.name}'] == path.read_bytes(), path.name
+    about = json.loads(s.artifacts['model-run']['metadata'])
+    last = [m for m in metrics if 'eval_loss' in m][-1]
+    assert (
+        about['evaluation']['last'] == {k: last[k] for k in ('step', 'eval_loss', 'eval_response_loss')}
+        and about['manifest']['weights']
+    )
 
 
 def test_wandb_after_chdir(tmp_path):
@@ -173,13 +216,23 @@ def test_log_model_needs_wandb(tiny, rows, here):
 def test_push(tiny, rows, tmp_path, command):
     "To W&B, here offline; to a hub that cannot be reached: one line, and the folder stays."
     run = tiny_run(tiny, rows, tmp_path/'run', n_samples=0, max_steps=1)
+    assert command('evaluate', run.out, '--n-samples', 0)[0] == 0
     code, out, err = command('export', run.out, '--to', tmp_path/'handed', '--push', 'wandb:tuned')
     assert code == 0, err
     sent = [r['artifact'] for r in records(tmp_path) if r['type'] == 'artifact' and r['artifact']['name'] == 'tuned']
-    assert sorted(e['path'] for e in sent[0]['manifest']['contents']) == sorted(p.name
-                                                                                for p in (tmp_path/'handed').iterdir())
-    argv = ['export', str(run.out), '--to', str(tmp_path/'other'), '--push', 'hub:me/tuned']
-    code = f'from alpaca_ft.cli import main; import sys; sys.exit(main({argv!r}))'
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                       env=os.environ | dict(HF_ENDPOINT='http://127.0.0.1:9', HF_TOKEN='hf_x'))
+    assert sorted(e['path'] for e in sent[0]['manifest']['contents']) == sorted(
+        p.name for p in (tmp_path / 'handed').iterdir()
+    )
+    about = json.loads(sent[0]['metadata'])
+    assert about['evaluation']['last']['step'] == 1 and about['evaluation']['measured']['rows'] == 4
+    code = (
+        f"from alpaca_ft.cli import main; import sys; sys.exit(main(['export', {str(run.out)!r}, '--to', "
+        f"{str(tmp_path / 'other')!r}, '--push', 'hub:me/tuned']))"
+    )
+    r = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(HF_ENDPOINT='http://127.0.0.1:9', HF_TOKEN='hf_x'),
+    )
     assert r.returncode == 2 and 'not sent to the hub' in r.stderr and (tmp_path/'other'/'README.md').exists()

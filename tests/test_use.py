@@ -40,10 +40,16 @@ def test_template(tokenizer, bos):
         assert t.apply_chat_template(ask, tokenize=False) == ('<s>' if bos else '') + prompt
         assert t.apply_chat_template(ask, return_dict=False) == t(prompt)['input_ids']
     two = [dict(role='user', content='a'), dict(role='assistant', content='b'), dict(role='user', content='c')]
-    assert t.apply_chat_template(two, tokenize=False).count('<s>') == bos
-    assert 'b</s>Below' in t.apply_chat_template(two, tokenize=False)
-    with pytest.raises(Exception, match='user and assistant'):
-        t.apply_chat_template([dict(role='system', content='x')], tokenize=False)
+    assert t.apply_chat_template(two, tokenize=False).count('<s>') == bos and 'b</s>Below' in t.apply_chat_template(
+        two, tokenize=False
+    )
+    row = next(r for r in load_alpaca()['train'] if r['input'])
+    said = [dict(role='system', content=row['input']), dict(role='user', content=row['instruction'])]
+    assert (
+        t.apply_chat_template(said, return_dict=False) == t(create_prompt_no_answer(row)['text'])['input_ids']
+    )  # a system message is the input
+    with pytest.raises(Exception, match='system, user and assistant'):
+        t.apply_chat_template([dict(role='tool', content='x')], tokenize=False)
 
 
 def test_saved_template(done):
@@ -276,3 +282,155 @@ def test_chat_keeps_bos(tiny, tokenizer, tmp_path, monkeypatch, capsys):
     use.chat('any', 8)
     assert 'forgotten' in capsys.readouterr().out and len(asked) == 3
     assert [(a[0], a.count(0)) for a in asked] == [(0, 1)]*3
+
+
+def shown_on_a_terminal(argv, **env):
+    "What the command prints on a real terminal."
+    pid, fd = pty.fork()
+    if not pid:
+        os.execve(
+            sys.executable,
+            [sys.executable, '-m', 'alpaca_ft', *map(str, argv)],
+            {k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm') | env,
+        )
+    seen = b''
+    while select.select([fd], [], [], 120)[0]:
+        try:
+            part = os.read(fd, 65536)
+        except OSError:
+            break  # Linux says so where the other end was closed
+        if not part:
+            break
+        seen += part
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, seen
+    return seen.decode()
+
+
+def test_colour(tiny, rows):
+    "Green for what is learnt on a terminal; brackets in a pipe, with NO_COLOR and on a dumb terminal."
+    argv = [
+        'check',
+        '--model',
+        tiny,
+        '--data',
+        rows,
+        '--n-freeze',
+        2,
+        '--seq-len',
+        256,
+        '--loss-on',
+        'response',
+        '--show',
+        1,
+    ]
+    seen = shown_on_a_terminal(argv)
+    assert '--- document 1 of ' in seen and '\x1b[32m' in seen and '\x1b[2mBelow is' in seen and '⟦' not in seen
+    for env in (dict(NO_COLOR='1'), dict(TERM='dumb')):
+        seen = shown_on_a_terminal(argv, **env)
+        assert '⟦' in seen and '\x1b[3' not in seen and '\x1b[2m' not in seen
+    piped = subprocess.run(
+        [sys.executable, '-m', 'alpaca_ft', *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(TERM='xterm'),
+    )
+    assert piped.returncode == 0 and '⟦' in piped.stdout and '\x1b' not in piped.stdout
+
+
+def test_export_that_fails(done, here, monkeypatch):
+    "An error in the middle, or Ctrl-C, leaves no half-written folder."
+    from alpaca_ft import use
+    for error in (OSError('No space left on device'), KeyboardInterrupt()):
+        def fail(*args): raise error
+        monkeypatch.setattr(use, 'check_written', fail)
+        with pytest.raises(type(error)):
+            use.export(done.out, 'handed')
+        assert os.listdir() == []
+
+
+def test_sample_of_chats(done, here, command):
+    "A chat comes back as a list of turns, without the place of the answer; a prompt without one."
+    turns = [
+        dict(role='user', content='Hi.'),
+        dict(role='assistant', content='Hello.'),
+        dict(role='user', content='Name a tree.'),
+    ]
+    rows = [
+        dict(messages=turns),
+        dict(messages=turns + [dict(role='assistant', content='Oak.')]),
+        dict(prompt='Name a bird.'),
+        dict(messages=turns[:1]),
+    ]
+    (here/'ask.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    code, out, err = command('sample', done.out, '--file', 'ask.jsonl', '--max-new-tokens', 4)
+    assert code == 0, err
+    got = [json.loads(l) for l in out.splitlines()]
+    assert [r.get('messages') for r in got] == [turns, turns + [dict(role='assistant', content='Oak.')], None, None]
+    assert [r.get('output') for r in got] == [None, 'Oak.', None, None] and [r['instruction'] for r in got] == [
+        'Name a tree.',
+        'Name a tree.',
+        'Name a bird.',
+        'Hi.',
+    ]
+
+
+def test_system_message_in_the_alpaca_template(done, here, command):
+    "As the input where a server asks; refused in training, where it would be a guess."
+    chats = [
+        dict(
+            messages=[
+                dict(role='system', content='Be brief.'),
+                dict(role='user', content='Hi.'),
+                dict(role='assistant', content='Hello.'),
+            ]
+        )
+    ] * 12
+    (here/'chats.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in chats))
+    code, out, err = command(
+        'check', '--model', done.out / 'model', '--data', 'chats.jsonl', '--seq-len', 256, '--n-freeze', 2
+    )
+    assert code == 2 and len(err.splitlines()) == 1 and 'user and assistant messages only' in err, err
+
+
+ANIMALS = 'cat dog owl fox hen cow pig ant bee elk yak emu cod eel gnu jay koi bat ape ram'.split()
+
+
+def questions(path):
+    "200 made rows with columns of other names."
+    pairs = [(n, a) for n in range(2, 12) for a in ANIMALS]
+    rows = [dict(question=f'How many legs have {n} of the {a}?', answer=f'{n} {a} have {n} times its legs.', source=i)
+            for i, (n, a) in enumerate(pairs)]
+    assert len(rows) == 200
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+
+
+def test_question_and_answer(tiny, here, command):
+    "A file with other names, from the first refusal to a talk with the model: 200 rows, each command as it is typed."
+    questions(here/'qa.jsonl')
+    args = ['--model', tiny, '--data', 'qa.jsonl', '--n-freeze', 2, '--seq-len', 256, '--loss-on', 'response',
+            '--dtype', 'fp32']
+    code, out, err = command('check', *args)
+    why = 'row 1: instruction is missing; give --columns instruction=question,output=answer (200 bad of 200'
+    assert code == 2 and why in err, err
+    args += ['--columns', 'instruction=question,output=answer']
+    code, out, err = command('check', *args, '--show', 1)
+    assert code == 0 and 'train     180 rows' in out and 'eval      20 rows' in out, out + err
+    learnt = re.findall('⟦(.*?)⟧', out)
+    assert len(learnt) == out.count('--- document') > 1
+    assert all(re.fullmatch(r'\d+ \w+ have \d+ times its legs\.</s>', text) for text in learnt), learnt
+    assert '### Instruction:\nHow many legs have ' in out and not (here/'run').exists()
+    code, out, err = command('train', *args, '--out', 'run', '--max-steps', 30, '--lr', 1e-2, '--n-samples', 2,
+                             '--max-new-tokens', 12)
+    assert code == 0 and 'asked:  How many legs have ' in out, err
+    metrics = [json.loads(line) for line in open('run/metrics.jsonl')]
+    held_out = [m['eval_response_loss'] for m in metrics if 'eval_response_loss' in m]
+    assert held_out[-1] < held_out[0]/2, held_out
+    code, out, err = command('sample', 'run', '--file', 'qa.jsonl', '--max-new-tokens', 4)  # names as in the run
+    got = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [r['source'] for r in got] == list(range(200)), err
+    assert all(r['generation'] and r['instruction'] == r['question'] and r['output'] == r['answer'] for r in got)
+    r = subprocess.run([sys.executable, '-m', 'alpaca_ft', 'chat', 'run', '--max-new-tokens', '6'], text=True,
+                       input='How many legs have 2 of the cat?\nAnd 3?\n/quit\n', capture_output=True, timeout=120)
+    said = r.stdout.split('> ')
+    assert r.returncode == 0 and len(said) == 4 and all(text.strip() for text in said[1:3]), r.stdout + r.stderr

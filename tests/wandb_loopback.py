@@ -1,6 +1,8 @@
-"""A server on this machine that gives wandb's client what it asks for when an artifact is downloaded: a client
-contract, not W&B."""
+"""Servers on this machine that give wandb's client what it asks for when an artifact is downloaded, or a run is sent:
+a client contract, not W&B."""
+
 import base64
+import gzip
 import hashlib
 import http.server
 import json
@@ -78,3 +80,121 @@ class Server(http.server.ThreadingHTTPServer):
                     FetchArtifactManifest=dict(artifact=dict(currentManifest=dict(file=file))),
                     GetArtifactMembershipFileUrls=dict(project=dict(artifactCollection=collection)),
                     GetArtifactFileUrls=dict(artifact=dict(files=urls)))
+
+
+class ReceivingHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+
+    def answer(self, body=b'{}'):
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self):
+        raw = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        return gzip.decompress(raw) if self.headers.get('Content-Encoding') == 'gzip' else raw
+
+    def do_GET(self): self.answer()
+
+    def do_PUT(self):
+        self.server.put[self.path.removeprefix('/put/')] = self.body()
+        self.answer(b'')
+
+    def do_POST(self):
+        s, raw = self.server, self.body()
+        if self.path.endswith('/file_stream'):
+            run = s.runs.setdefault(self.path.split('/')[-2], {})
+            for name, part in (json.loads(raw).get('files') or {}).items():
+                lines = run.setdefault(name, [])
+                s.offsets.append((name, part['offset'], len(lines)))
+                lines[part['offset']:] = part['content']
+            return self.answer(b'{"limits": {}}')
+        query = json.loads(raw)
+        op = re.search(r'(?:query|mutation)\s+(\w+)', query['query'])[1]
+        v = query.get('variables') or {}
+        s.seen.append((op, v))
+        data = s.answer_to(op, v, v.get('input') or {})
+        self.answer(
+            json.dumps(
+                dict(data=data) if data is not None else dict(errors=[dict(message=f'unexpected {op}')])
+            ).encode()
+        )
+
+    def log_message(self, *args): pass
+
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """What `wandb sync` sends: `runs` {id: {file: lines}}, `put` {path: bytes}, `artifacts` {name: what was asked
+    for}, `committed`."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), ReceivingHandler)
+        self.url, self.seen, self.runs, self.put, self.artifacts, self.committed, self.offsets = (
+            f'http://127.0.0.1:{self.server_port}',
+            [],
+            {},
+            {},
+            {},
+            [],
+            [],
+        )
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def answer_to(self, op, v, given):
+        "What is answered to an operation of wandb's client."
+        method = getattr(self, f'answer_{op}', None)
+        return method(v, given) if method else None
+
+    def answer_ServerFeaturesQuery(self, v, given):
+        return dict(serverInfo=dict(features=[]))
+
+    def answer_Viewer(self, v, given):
+        return dict(viewer=dict(id='u', entity='me', username='me', email='', flags='{}', teams=dict(edges=[])))
+
+    def answer_UpsertBucket(self, v, given):
+        project = dict(id='p', name=v['project'], entity=dict(id='e', name='me'))
+        bucket = dict(id='b', name=v['name'], displayName=v['displayName'] or v['name'], description='', config='{}',
+                      sweepName=None, project=project, historyLineCount=0)
+        return dict(upsertBucket=dict(inserted=v['name'] not in self.runs, bucket=bucket))
+
+    def answer_RunResumeStatus(self, v, given):
+        return self.resume_status(v)
+
+    def answer_CreateRunFiles(self, v, given):
+        files = [dict(name=f, uploadUrl=f"{self.url}/put/{v['run']}/{f}") for f in v['files']]
+        return dict(createRunFiles=dict(runID='b', uploadHeaders=[], files=files))
+
+    def answer_CreateArtifact(self, v, given):
+        name = given['artifactCollectionName']
+        self.artifacts[name] = given
+        sequence = dict(latestArtifact=None)
+        return dict(createArtifact=dict(artifact=dict(id=name, state='PENDING', artifactSequence=sequence)))
+
+    def answer_CreateArtifactManifest(self, v, given):
+        file = dict(id='f', uploadUrl=f"{self.url}/put/{v['artifactID']}/manifest", uploadHeaders=[])
+        return dict(createArtifactManifest=dict(artifactManifest=dict(id=v['artifactID'], file=file)))
+
+    def answer_CreateArtifactFiles(self, v, given):
+        nodes = []
+        for f in given['artifactFiles']:
+            url = f"{self.url}/put/{f['artifactID']}/{f['name']}"
+            about = dict(storagePath=f['name'], uploadUrl=url, uploadHeaders=[], uploadMultipartUrls=None)
+            nodes.append(dict(node=about | dict(artifact=dict(id=f['artifactID']))))
+        return dict(createArtifactFiles=dict(files=dict(edges=nodes)))
+
+    def answer_CommitArtifact(self, v, given):
+        self.committed.append(v['artifactID'])
+        return dict(commitArtifact=dict(artifact=dict(id=v['artifactID'], digest='d')))
+
+    def resume_status(self, v):
+        run = self.runs.get(v.get('name'))
+        if run is None:
+            return dict(model=None)
+        history, events = run.get('wandb-history.jsonl', []), run.get('wandb-events.jsonl', [])
+        bucket = dict(id='b', name=v['name'], summaryMetrics='{}', displayName=v['name'], logLineCount=0,
+                      historyLineCount=len(history), eventsLineCount=len(events), historyTail=json.dumps(history[-1:]),
+                      eventsTail=json.dumps(events[-1:]), config='{}', tags=[], wandbConfig='{"t": 1}')
+        return dict(model=dict(id='p', name=v['project'], entity=dict(id='e', name='me'), bucket=bucket))

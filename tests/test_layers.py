@@ -1,0 +1,291 @@
+"""Read layer by layer, a model's states, losses and result are bit for bit those of the ordinary way; killed, the
+pass goes on where it stood."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alpaca_ft import Refused, RunConfig, train
+from alpaca_ft.layers import checksum, header, shards, write_shard
+
+root = Path(__file__).parent.parent
+SHAPE = dict(
+    vocab_size=600,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
+)
+
+
+def shape_of(kind):
+    import transformers as t
+
+    return dict(
+        llama=lambda: t.LlamaConfig(**SHAPE, num_key_value_heads=2),
+        qwen3=lambda: t.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
+        gemma3=lambda: t.Gemma3TextConfig(
+            **SHAPE,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=64,
+            layer_types=['sliding_attention', 'full_attention'] * 2,
+        ),
+        neox=lambda: t.GPTNeoXConfig(**SHAPE, attention_dropout=0.0, hidden_dropout=0.0),
+        phi3=lambda: t.Phi3Config(**SHAPE, num_key_value_heads=2),
+        gpt2=lambda: t.GPT2Config(
+            vocab_size=600,
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            n_positions=512,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+    )[kind]()
+
+
+@pytest.fixture(scope='module')
+def folder_of(tmp_path_factory, tokenizer):
+    made = {}
+
+    def get(kind, size='20KB'):
+        from transformers import AutoModelForCausalLM
+        if kind not in made:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(shape_of(kind)).to(torch.bfloat16)
+            made[kind] = tmp_path_factory.mktemp('models')/kind
+            model.save_pretrained(made[kind], max_shard_size=size)
+            tokenizer.save_pretrained(made[kind])
+        return made[kind]
+    return get
+
+
+def options(folder, rows, **more):
+    return (
+        dict(
+            model=str(folder),
+            data=str(rows),
+            n_freeze=3,
+            seq_len=256,
+            batch_size=2,
+            max_steps=4,
+            n_samples=0,
+            lr=1e-3,
+            prefix_cache='disk',
+        )
+        | more
+    )
+
+
+def losses(run):
+    return [
+        (l['step'], l[k])
+        for l in map(json.loads, open(run.out / 'metrics.jsonl'))
+        for k in ('loss', 'grad_norm', 'eval_loss', 'eval_response_loss')
+        if k in l
+    ]
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return {k: t for f in Path(folder).glob('*.safetensors') for k, t in load_file(f).items()}
+
+
+def kept(cache): return {p.name: p.read_bytes() for p in (cache/'prefix').glob('*.bin')}
+
+
+@pytest.mark.parametrize(
+    'kind, dtype, more',
+    [
+        ('llama', 'fp32', {}),
+        ('llama', 'bf16', dict(method='lora')),
+        ('qwen3', 'bf16', {}),
+        ('gemma3', 'fp32', {}),
+        ('gemma3', 'bf16', {}),
+        ('neox', 'fp32', {}),
+        ('phi3', 'bf16', dict(train_dtype='bf16')),
+        ('gpt2', 'fp32', {}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else '-'.join(map(str, x.values())) or 'freeze',
+)
+def test_same(kind, dtype, more, folder_of, rows, tmp_path, monkeypatch):
+    "States, losses and the result, and a config that transformers loads."
+    folder, runs, states = folder_of(kind), {}, {}
+    for way in (False, True):
+        monkeypatch.setenv('ALPACA_FT_CACHE', str(tmp_path/f'cache{way}'))
+        runs[way] = train(
+            RunConfig(out=str(tmp_path / f'run{way}'), layer_by_layer=way, **options(folder, rows, dtype=dtype, **more))
+        )
+        states[way] = kept(tmp_path/f'cache{way}')
+    assert len(shards(folder)) > 3 and runs[True].large and not runs[False].large
+    assert len(states[True]) == 1 and states[True] == states[False]
+    assert losses(runs[True]) == losses(runs[False]) and len(losses(runs[True])) > 8
+    a, b = (weights(tmp_path/f'run{way}'/'model') for way in (False, True))
+    assert a.keys() == b.keys() and all(torch.equal(t.float(), b[k].float()) for k, t in a.items())
+    one, other = (
+        json.loads(
+            (
+                tmp_path / f'run{way}' / 'model' / ('adapter_config.json' if more.get('method') else 'config.json')
+            ).read_text()
+        )
+        for way in (False, True)
+    )
+    assert one == other
+    from transformers import AutoModelForCausalLM
+    AutoModelForCausalLM.from_pretrained(tmp_path/'runTrue'/'model')
+
+
+def test_memory_and_cache(folder_of, rows, tmp_path, monkeypatch, capsys):
+    "Kept in memory, the same; what one way left on the disk, the other way finds."
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(tmp_path/'cache'))
+    runs = [
+        train(
+            RunConfig(
+                out=str(tmp_path / f'run{i}'),
+                layer_by_layer=way,
+                **options(folder_of('llama'), rows, prefix_cache=where),
+            )
+        )
+        for i, (way, where) in enumerate([(True, 'memory'), (False, 'disk'), (True, 'disk')])
+    ]
+    assert 'is there from an earlier run' in capsys.readouterr().err and len(kept(tmp_path/'cache')) == 1
+    assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
+
+
+CHILD = '''
+import sys, time
+from alpaca_ft import layers, prefix
+from alpaca_ft.run import train
+from alpaca_ft import RunConfig
+plain = layers.OnDisk.write
+def write(self, stage, row, out):
+    plain(self, stage, row, out)
+    if stage == 2 and row == self.pause: print('there', flush=True); time.sleep(60)
+layers.OnDisk.write, layers.OnDisk.pause = write, 17
+train(RunConfig(**eval(sys.argv[1])))
+'''
+
+
+def test_killed(folder_of, rows, tmp_path, monkeypatch, capsys):
+    """Killed in the middle of a layer, resumed there; what a broken disk changed meanwhile is noticed, and all begins
+    again."""
+    folder, cache = folder_of('qwen3'), tmp_path/'cache'
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(tmp_path/'other'))
+    whole = train(RunConfig(out=str(tmp_path/'whole'), layer_by_layer=False, **options(folder, rows)))
+    wanted = kept(tmp_path/'other')
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(cache))
+    kw = options(folder, rows) | dict(out=str(tmp_path/'run'), layer_by_layer=True)
+    with subprocess.Popen(
+        [sys.executable, '-c', CHILD, repr(kw)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads())),
+    ) as child:
+        assert child.stdout.readline() == b'there\n'
+        child.send_signal(signal.SIGKILL)
+    [part] = (cache/'prefix').glob('*.layers')
+    before = part.read_bytes()
+    with open(part.with_suffix('.layers.jsonl'), 'a') as f:
+        f.write('[2, 3')  # a line that the kill cut
+    capsys.readouterr()
+    again = train(RunConfig(resume=True, **kw))
+    said = capsys.readouterr().err
+    assert 'going on in layer 1' in said and kept(cache) == wanted and losses(again) == losses(whole)
+    assert sorted(p.suffix for p in (cache/'prefix').iterdir()) == ['.bin', '.json', '.lock']
+    [done] = (cache/'prefix').glob('*.bin')
+    log = ''  # once more, from what was there at the kill, but for a byte
+    done.unlink()
+    part.write_bytes(before[:5000] + bytes([before[5000] ^ 1]) + before[5001:])
+    for stage in (0, 1):
+        for row in range(len(again.train) + len(again.test)):
+            log += json.dumps([stage, row, checksum(b'')]) + '\n'
+    part.with_suffix('.layers.jsonl').write_text(log)
+    third = train(RunConfig(out=str(tmp_path/'third'), **{k: v for k, v in kw.items() if k != 'out'}))
+    assert 'going on' not in capsys.readouterr().err and kept(cache) == wanted and losses(third) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    'more, part',
+    [
+        (dict(n_freeze=0), 'no frozen layers'),
+        (dict(prefix_cache='off'), 'prefix_cache is off'),
+        (dict(layers='spectrum:0.5', n_freeze=24), 'spectrum looks at all weights'),
+        (dict(freeze_embed=False), 'embedding is trained'),
+    ],
+)
+def test_refused(more, part, folder_of, rows, here):
+    with pytest.raises(Refused, match=part):
+        train(RunConfig(out='run', layer_by_layer=True, **options(folder_of('llama'), rows, **more)))
+    assert not (here/'run').exists()
+
+
+def test_auto(folder_of, rows, here, monkeypatch, command):
+    """Where memory is short, the model is read layer by layer by itself; where it is not, it is loaded. What does not
+    fit is not loaded to be asked."""
+    from alpaca_ft import layers
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(here/'cache'))
+    model = folder_of('llama')
+    flags = [
+        '--model',
+        model,
+        '--data',
+        rows,
+        '--n-freeze',
+        3,
+        '--seq-len',
+        256,
+        '--max-steps',
+        2,
+        '--max-new-tokens',
+        4,
+    ]
+    code, out, err = command('train', *flags, '--out', 'plain')
+    assert code == 0 and 'one by one' not in err
+    monkeypatch.setattr(layers, 'available_memory', lambda: 400_000)
+    monkeypatch.setattr('alpaca_ft.use.available_memory', lambda: 400_000)
+    code, out, err = command('train', *flags, '--out', 'large')
+    assert (
+        code == 0
+        and 'frozen layers: read one by one, each once; states kept on disk' in err
+        and 'samples: left out' in err
+    )
+    assert 'model in large/model' in out
+    monkeypatch.setattr('alpaca_ft.use.available_memory', lambda: 40_000)
+    for argv in (
+        ['sample', 'large', '--instruction', 'Say yes.'],
+        ['chat', 'large'],
+        ['export', 'large', '--to', 'there'],
+    ):
+        code, out, err = command(*argv)
+        assert code == 2 and 'large/model: takes about' in err and 'are free' in err, err
+    assert not list(here.glob('there*'))
+
+
+def test_shard(tmp_path):
+    """A file with one tensor replaced by another type and one added is what safetensors reads; the rest is byte for
+    byte what it was."""
+    from safetensors.torch import load_file, save_file
+    torch.manual_seed(0)
+    old = dict(a=torch.randn(3, 5).bfloat16(), b=torch.randn(7), c=torch.arange(9), d=torch.randn(2, 2).half())
+    save_file(old, tmp_path/'old.safetensors', metadata=dict(format='pt'))
+    new = dict(b=torch.randn(7).bfloat16(), e=torch.randn(11))
+    write_shard(tmp_path/'old.safetensors', tmp_path/'new.safetensors', new)
+    found = load_file(tmp_path/'new.safetensors')
+    assert found.keys() == old.keys() | new.keys() and all(
+        torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in (old | new).items()
+    )
+    assert header(tmp_path/'new.safetensors')[1] % 8 == 0
