@@ -12,7 +12,10 @@ from urllib.parse import unquote, urljoin, urlparse
 import pytest
 
 root = Path(__file__).parent.parent
-pages = sorted(p.stem for p in (root/'nbs').glob('*.ipynb'))
+sys.path.insert(0, str(root/'tools'))
+from render import notebooks  # noqa: E402
+
+pages = [p.stem for p in notebooks]
 chapters = [p for p in pages if p not in ('index', 'solutions')]
 
 
