@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 # What a user needs can be imported from here; a module is loaded at the first use, so `import alpaca_ft` is quick.
 _modules = dict(
     data='Refused load_alpaca split_alpaca shared_rows read_rows iter_rows row_problem clean_rows write_jsonl '
-         'fetch_artifact cache_dir',
+         'near_duplicates fetch_artifact cache_dir',
     checks='fingerprint Exercise',
     formats='parse_columns as_row',
     files='append_jsonl read_jsonl read_run',

@@ -30,7 +30,8 @@ from transformers import TrainerCallback
 from .files import sha256, sync, write_whole
 from .model import decoder_layers, first_in_graph, memory_estimate
 from .options import RunConfig
-from .processes import added, deaf, is_first, first_does, lost_process, part, processes, shared, whole
+from .processes import (added, deaf, first_does, gathered, is_first, lost_process, processes, shared,
+                                 spread_like)
 
 # %% ../nbs/12_checkpoints.ipynb #12-022
 def write_checkpoint(
@@ -201,10 +202,10 @@ class Checkpoints(TrainerCallback):
         "What trains, and what the optimizer has on it; put together where it is spread over processes."
         weights, moments = {}, {}
         for k, p in self.trained().items():
-            weights[k] = whole(p.detach()).cpu().contiguous()
+            weights[k] = gathered(p.detach()).cpu().contiguous()
             for name, t in self.trainer.optimizer.state[p].items():
                 if t is not None:
-                    moments[f'{k}|{name}'] = whole(torch.as_tensor(t)).cpu().contiguous()
+                    moments[f'{k}|{name}'] = gathered(torch.as_tensor(t)).cpu().contiguous()
         return weights, moments
 
     def write(self, folder, weights, tensors):
@@ -256,13 +257,13 @@ class Checkpoints(TrainerCallback):
             saved['param_groups'][optimizer.param_groups.index(group)]['lr'] = lr
             for p in group['params']:
                 if names[p] in by_name:
-                    saved['state'][number] = {entry: part(t, p) for entry, t in by_name[names[p]].items()}
+                    saved['state'][number] = {entry: spread_like(t, p) for entry, t in by_name[names[p]].items()}
                 number += 1
         optimizer.load_state_dict(saved)
         for p, k in names.items():
             for entry, t in by_name.get(k, {}).items():
                 if optimizer.state[p][entry].dtype != t.dtype:  # numbers in fp32 about a weight in bf16
-                    optimizer.state[p][entry] = part(t, p).to(p.device)
+                    optimizer.state[p][entry] = spread_like(t.to(p.device), p)
         self.trainer.lr_scheduler.load_state_dict(about['scheduler'])
         self.trainer.tokens = about['tokens']
         if self.watch:
@@ -461,7 +462,7 @@ class Best(TrainerCallback):
         if self.loss is None or loss < self.loss:
             if self.cfg.final == 'best':
                 trained = self.trainer.model.tail.trained().items()
-                trained = {k: whole(p.detach()).cpu().contiguous() for k, p in trained}
+                trained = {k: gathered(p.detach()).cpu().contiguous() for k, p in trained}
                 write = partial(self.write, trained=trained)
                 first_does(write_checkpoint, best_folder(self.out, state.global_step), write)
             self.step, self.loss, self.waited = state.global_step, loss, 0
@@ -482,7 +483,7 @@ class Best(TrainerCallback):
         saved = load_file(best_folder(self.out, self.step)/'weights.safetensors')
         with torch.no_grad():
             for k, p in trained.items():
-                p.copy_(part(saved[k], p))
+                p.copy_(spread_like(saved[k], p))
 
 # %% ../nbs/12_checkpoints.ipynb #12-080
 class Failed(RuntimeError):

@@ -28,7 +28,7 @@ from .files import write_whole
 from .model import (Attention, Choice, Tail, Trunk, apply_choice, load_model, model_folder,
                              resolve_choice)
 from .options import RunConfig
-from .processes import each_does, is_first, first_does, processes, rank, shared, whole
+from .processes import each_does, is_first, first_does, processes, rank, shared, gathered
 from .trainer import StepCollator, on_device
 
 # %% ../nbs/09_prefix.ipynb #09-010
@@ -273,7 +273,8 @@ def make_room(
     n_bytes:int,  # that are to be written
 )->None:
     "Delete the states that were used longest ago until old and new ones take at most half of what the disk could give."
-    files = sorted(folder.glob('*.bin'), key=lambda p: p.stat().st_mtime)
+    kept = [*folder.glob('*.bin'), *folder.glob('*.layers')]  # and what killed passes left (appendix A9)
+    files = sorted(kept, key=lambda p: p.stat().st_mtime)
     there = sum(p.stat().st_size for p in files)
     limit = (there + shutil.disk_usage(folder).free)/2
     for p in files:
@@ -282,6 +283,7 @@ def make_room(
         there -= p.stat().st_size
         p.unlink()
         p.with_suffix('.json').unlink(missing_ok=True)
+        p.with_suffix('.layers.jsonl').unlink(missing_ok=True)
 
 # %% ../nbs/09_prefix.ipynb #09-th2
 def there_already(
@@ -408,7 +410,7 @@ class WholeModel:
         "Put together what trains, where it is spread over processes; all of them have to ask."
         trained = self.tail.trained() if self.tail is not None else {}
         if any(hasattr(p, 'full_tensor') for p in trained.values()):
-            self.trained = {name: nn.Parameter(whole(p.detach())) for name, p in trained.items()}
+            self.trained = {name: nn.Parameter(gathered(p.detach())) for name, p in trained.items()}
 
     def assemble(self):
         "Load the frozen part again, and put the trained parameters in their places."

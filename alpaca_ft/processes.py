@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'WAIT', 'started', 'processes', 'rank', 'is_first', 'restarts', 'may_restart', 'launch_name', 'wants',
-           'check_sharding', 'check_launch', 'alone_on_cpu', 'connect', 'everyone', 'added', 'whole', 'part',
+           'check_sharding', 'check_launch', 'alone_on_cpu', 'connect', 'everyone', 'added', 'gathered', 'spread_like',
            'portable', 'lost_process', 'shared', 'each_does', 'first_does', 'deaf', 'together', 'speaks']
 
 # %% ../nbs/a8_processes.ipynb #a8-003
@@ -142,14 +142,14 @@ def added(
     return tensor
 
 # %% ../nbs/a8_processes.ipynb #a8-wh2
-def whole(
+def gathered(
     tensor,  # a tensor, or this process's part of one
 ):  # all of it
     "A tensor with the parts that other processes have."
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 # %% ../nbs/a8_processes.ipynb #a8-wh3
-def part(
+def spread_like(
     tensor,  # all of it, the same in every process
     like,  # a tensor that may be spread over processes
 ):  # spread in the same way

@@ -213,6 +213,9 @@ def check_share(
 )->None:
     "Refuse a step that has no work for some of the processes."
     n, batches = place.processes, cfg.batch_size//cfg.micro_batch_size
+    if place.sharded and not cfg.optim.startswith('adamw_torch'):
+        raise Refused(f'optim is {cfg.optim}, and what it keeps of weights that FSDP has spread was not tried; use the '
+                      'default, or leave FSDP out')
     if place.sharded and cfg.rotate:
         raise Refused('rotate changes what trains, and FSDP has settled it by then; leave one of them out')
     if batches < n:
@@ -315,6 +318,9 @@ def prepare(
     pack_rows(run, bad)
     run.report['process_bytes'] = resident()
     run.large = large_model(cfg, run.place)
+    if run.large and run.place.processes > 1:
+        raise Refused(f'{cfg.model}: is read layer by layer here, which one process does; start it without torchrun or '
+                      'accelerate')
     if run.large:
         run.model, run.choice, run.shape = run.large.model, run.large.choice, run.large.shape
         check_fit(run)

@@ -76,10 +76,12 @@ def status(name):
 
 
 def marks(peaks):
-    "A callback that keeps the highest memory of the steps and of the evaluations."
+    "A callback that keeps the peaks of steps and of evaluations apart."
     from transformers import TrainerCallback
 
     class Marks(TrainerCallback):
+        "The kernel's high-water mark is read and taken back around each."
+
         def mark(self, what=None):
             if what:
                 peaks[what] = max(peaks[what], status('VmHWM'))
@@ -110,8 +112,7 @@ def child(options, given_back):
     from alpaca_ft.options import RunConfig
     if given_back:
         give_back_at_once()
-    peaks, kept = dict(step=0, evaluation=0), {}
-    build = runs.build_trainer
+    peaks, kept, build = dict(step=0, evaluation=0), {}, runs.build_trainer
 
     def before(run, *args, **kw):
         kept.update(runs.known(run), shape=run.shape, place=run.place, choice=run.choice)
@@ -120,9 +121,8 @@ def child(options, given_back):
     runs.build_trainer = before
     run = runs.train(RunConfig(**options), [marks(peaks)])
     sums, by = memory_plan(run.cfg, **kept)
-    out = dict(process=kept['process'], by=by, predicted=dict(step=sums['a training step'],
-                                                              evaluation=sums['an evaluation']), measured=peaks)
-    print('RESULT ' + json.dumps(out))
+    predicted = dict(step=sums['a training step'], evaluation=sums['an evaluation'])
+    print('RESULT ' + json.dumps(dict(process=kept['process'], by=by, predicted=predicted, measured=peaks)))
 
 
 def measured(folder, model, options, given_back):

@@ -509,9 +509,8 @@ def test_processes_that_cannot_meet(here, tiny, rows):
     "Started without a launcher's words: refused in one line, before anything is loaded."
     begin = time.time()
     r = command('train', '--model', tiny, '--data', rows, *OPTIONS, env=os.environ | dict(WORLD_SIZE='2', RANK='0'))
-    assert r.returncode == 2 and r.stderr.startswith(
-        'alpaca_ft: 2 processes (WORLD_SIZE), but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set'
-    ), r.stderr
+    said = 'alpaca_ft: 2 processes (WORLD_SIZE), but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set'
+    assert r.returncode == 2 and r.stderr.startswith(said), r.stderr
     assert len(r.stderr.splitlines()) == 1 and not Path('runs').exists() and time.time() - begin < 60
 
 

@@ -7,7 +7,10 @@ import pytest
 import matrix
 
 CELLS = [pytest.param(cell, id=cell.id) for cell in matrix.pairs(matrix.FAMILIES)]
-CELLS += [pytest.param(cell, id=cell.id) for cell in matrix.TWO]
+QUICK = ('llama-tied', 'gemma2', 'llama', 'phi3')  # of the cells in two processes
+CELLS += [
+    pytest.param(cell, id=cell.id, marks=() if cell.family in QUICK else pytest.mark.slow) for cell in matrix.TWO
+]
 CELLS += [pytest.param(cell, id=cell.id, marks=pytest.mark.slow) for cell in matrix.pairs(matrix.MORE)]
 
 

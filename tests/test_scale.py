@@ -12,28 +12,8 @@ import pytest
 import matrix
 import several
 
-COMMON = [
-    '--n-freeze',
-    2,
-    '--seq-len',
-    256,
-    '--batch-size',
-    4,
-    '--dtype',
-    'fp32',
-    '--lr',
-    '1e-3',
-    '--max-steps',
-    6,
-    '--eval-every',
-    3,
-    '--n-samples',
-    3,
-    '--max-new-tokens',
-    4,
-    '--prefix-cache',
-    'off',
-]
+COMMON = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 4, '--dtype', 'fp32', '--lr', '1e-3', '--max-steps', 6,
+          '--eval-every', 3, '--n-samples', 3, '--max-new-tokens', 4, '--prefix-cache', 'off']
 
 
 @pytest.fixture(scope='module')
@@ -113,8 +93,7 @@ def test_shares_that_differ(argv):
 
 
 def test_states_are_shared(argv):
-    """Each computes a share; one file serves both, and the next run in any number of processes; a damaged one is made
-    anew."""
+    "Each computes a share; one file serves both, and the next run, in any number; a damaged one is made anew."
     more = ['--prefix-cache', 'disk', '--n-samples', 0, '--max-steps', 3]
     good(*several.run(1, argv('off', '--n-samples', 0, '--max-steps', 3)))
     codes, logs = several.run(2, argv('made', *more))
@@ -181,6 +160,7 @@ def test_a_killed_process(argv):
     assert metrics('whole') == metrics('killed') and apart('whole', 'killed') == 0
 
 
+@pytest.mark.slow
 def test_restart_by_the_launcher(argv):
     "torchrun starts a killed run again, and it ends as the whole one does."
     good(*several.run(2, argv('whole', '--save-every', 2, '--n-samples', 0)))
@@ -204,6 +184,55 @@ sys.exit(main())
     assert metrics('whole') == metrics('again') and apart('whole', 'again') == 0
 
 
+# as accelerate launch says it
+FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP')
+
+
+def count_parts(number):
+    "Have a process say, at its first step, how many of its weights are parts."
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    def count(optimizer, args, kwargs):
+        weights = [p for group in optimizer.param_groups for p in group['params']]
+        parts = [p for p in weights if hasattr(p, 'full_tensor') and 2*p.to_local().numel() == p.numel()]
+        Path(f'parts{number}').write_text(f'{len(parts)} of {len(weights)}')
+    register_optimizer_step_pre_hook(count)
+
+
+SPREAD = dict(plain=[], states=['--prefix-cache', 'disk', '--activation-checkpointing'],
+              lora=['--method', 'lora', '--final', 'best'])  # name: options
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ('states', 'lora')]
+
+
+@pytest.mark.parametrize('name', ['plain', *LONG])
+def test_weights_spread(argv, name):
+    "FSDP2: every weight that trains is in halves, and losses, answers and result are those of one process."
+    more = SPREAD[name]
+    good(*several.run(1, argv('one', *more)))
+    good(*several.run(2, argv('spread', *more), env=FSDP, before=count_parts))
+    parts, of, weights_ = Path('parts0').read_text().split()
+    assert parts == weights_ and int(parts) > 10 and Path('parts1').read_text() == Path('parts0').read_text()
+    assert furthest('one', 'spread') < 1e-5 and samples('one') == samples('spread')
+    if '--method' not in more:
+        assert apart('one', 'spread') < 1e-5
+
+
+@pytest.mark.slow
+def test_from_spread_to_copied(argv):
+    "A run killed under FSDP2 goes on under DDP, is killed again, and FSDP2 ends it."
+    good(*several.run(1, argv('whole', '--save-every', 2)))
+
+    def killed(at):
+        return lambda number: matrix.kill_at(at)
+    assert several.run(2, argv('run', '--save-every', 2), env=FSDP, before=killed(3))[0] == [-9, -9]
+    codes, logs = several.run(2, argv('run', '--save-every', 2, '--resume'), before=killed(3))
+    assert codes == [-9, -9] and 'going on from run/checkpoints/step-2' in logs[0], logs
+    codes, logs = several.run(2, argv('run', '--save-every', 2, '--resume'), env=FSDP)
+    good(codes, logs)
+    assert 'going on from run/checkpoints/step-4' in logs[0]
+    assert furthest('whole', 'run') < 1e-5 and apart('whole', 'run') < 1e-5 and samples('whole') == samples('run')
+
+
 def refused(n, argv, env=None):
     "The one line of a refusal, which all processes share and one says."
     codes, logs = several.run(n, argv, env=env)
@@ -219,6 +248,12 @@ def test_refusals(argv, tiny, rows):
     assert 'the launcher asks for DeepSpeed' in refused(2, argv('no'), env=dict(ACCELERATE_USE_DEEPSPEED='true'))
     assert 'precision is the option --dtype' in refused(2, argv('no'), env=dict(ACCELERATE_MIXED_PRECISION='bf16'))
     assert 'give one as --out' in refused(2, argv('no')[:-2], env=dict(TORCHELASTIC_MAX_RESTARTS='1'))
+    for name, value, words in (('FSDP_VERSION', '1', 'set fsdp_version to 2'),
+                               ('FSDP_OFFLOAD_PARAMS', 'true', 'fsdp_offload_params'),
+                               ('FSDP_AUTO_WRAP_POLICY', 'SIZE_BASED_WRAP', 'set TRANSFORMER_BASED_WRAP')):
+        assert words in refused(2, argv('no'), env=FSDP | {name: value})
+    assert 'rotate changes what trains' in refused(2, argv('no', '--rotate', 1), env=FSDP)
+    assert 'FSDP, but starts one process' in refused(1, argv('no'), env=FSDP)
     assert 'check runs in one process' in refused(2, ['check', '--model', tiny, '--data', rows])
     Path('theirs').mkdir()
     Path('theirs/notes.txt').write_text('mine')
