@@ -16,7 +16,14 @@ from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 root = Path(__file__).resolve().parent.parent
-notebooks = sorted((root/'nbs').glob('*.ipynb'))
+
+
+def by_number(path):
+    "A key to sort by, in which a10 comes behind a9."
+    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', Path(path).stem)]
+
+
+notebooks = sorted((root/'nbs').glob('*.ipynb'), key=by_number)
 
 
 def signature_of(obj):
