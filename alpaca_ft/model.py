@@ -626,9 +626,9 @@ class Trunk(nn.Module):
         self.body, self.last = _layer_list(twin)[0], decoder_layers(twin)[-1]
 
     @torch.no_grad()
-    def forward(self, rows, position_ids, document_lengths):
-        "The hidden states behind the last frozen layer: (rows, tokens, hidden)."
-        out = []
+    def forward(self, input_ids, position_ids, document_lengths):
+        "The hidden states behind the last frozen layer: (rows, tokens, hidden). With `first`, states go in."
+        rows, out = input_ids, []
         extra, where = {}, None
         if self.attention:
             extra = self.attention.arguments(document_lengths, rows.shape[1], rows.device)
