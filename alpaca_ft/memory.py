@@ -207,14 +207,14 @@ def moments(
 
     def count(whole, as_fake):
         how = step or ways(whole, cfg.seq_len)[0][0]
-        with at_work(whole, cfg):
-            loss = PackedLoss(Tail(whole, first, how.attention), how.head).train()
+        loss = PackedLoss(Tail(whole, first, how.attention), how.head).train()
         del whole
-        if cfg.activation_checkpointing:
-            checkpoint_trained(loss.tail.model)
-        batches = make_batches(cfg, loss, batch, as_fake, hidden)
-        with tally:
-            return step_peaks(loss, batches, tally, cfg.optim)
+        with at_work(loss.tail.model, cfg):  # of layers that take turns, those at rest have no gradient
+            if cfg.activation_checkpointing:
+                checkpoint_trained(loss.tail.model)
+            batches = make_batches(cfg, loss, batch, as_fake, hidden)
+            with tally:
+                return step_peaks(loss, batches, tally, cfg.optim)
 
     if real:
         return count(model, torch.clone)

@@ -264,9 +264,9 @@ def main(kills=50, workers=2):
             r = json.loads(Path(f'{c[0]}.json').read_text()) if Path(f'{c[0]}.json').exists() else dict(case=c[0],
                     moment=c[1], what=c[3], kills=0, went_on_from='-', different=['the case died'], log='', seconds=0)
             done.append(r)
-            end = 'DIFFERENT: ' + ', '.join(r['different']) if r['different'] else 'same end'
+            how = 'DIFFERENT: ' + ', '.join(r['different']) if r['different'] else 'same end'
             print(f"{r['case']+1:3} moment {r['moment']:4} {r['what'][:58]:58} kills {r['kills']}  "
-                  f"went on from step {r['went_on_from']:2} {end}", flush=True)
+                  f"went on from step {r['went_on_from']:2} {how}", flush=True)
             if r['log']:
                 print(r['log'][-3000:])
         os.chdir(home)

@@ -354,7 +354,7 @@ def test_modelfile_of_chat_templates(here):
             messages = [dict(Role=m['role'], Content=m['content']) for m in chat]
             asked.append(dict(Template=template, System=system, Messages=messages))
     assert len(want) > 15
-    for one, prompt in zip(sent, want):
+    for one, prompt in zip(asked, want):
         assert go_chat(one['Template'], one['System'], one['Messages']) == prompt
     if not shutil.which('go'):
         return

@@ -389,7 +389,8 @@ def test_rotate(here, tied, rows):
     assert len(seen) == run.report['steps'] and set(seen) == {0, 1}
     assert '1 of the layers at a time' in run.report['trains']
     m = run.report['memory_bytes']
-    assert m['optimizer'] == 2*m['gradients'] == 2*m['trained'] < 8*run.report['trainable']
+    counts = m['optimizer'] - 2*m['gradients']  # of steps: a number for each tensor at work
+    assert m['gradients'] < m['trained'] == 4*run.report['trainable'] and 0 <= counts <= 4*30
 
 
 def test_resume_with_another_rank(here, tied, rows, command):
