@@ -16,6 +16,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import gc
 import importlib
 import itertools
 import json
@@ -694,6 +695,7 @@ def fork(work):
     if pid:
         return pid
     code = 1
+    gc.freeze()  # what was there before need not be looked through, nor copied
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(LIMIT)
