@@ -77,7 +77,7 @@ def job(here, out, code=0, state='RUNNING'):
 
 
 def test_job(here):
-    "It begins, goes on where the folder is there, and is put back in the queue where it was stopped and nobody else did."
+    "It begins, goes on in a folder that is there, and is put back in the queue if it was stopped and nobody else did it."
     code, started, _ = job(here, 'runs/mine')
     assert code == 0 and '--data my rows.jsonl --out=runs/mine' in started and '--resume' not in started
     Path('runs/mine').mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_job(here):
 
 @pytest.mark.slow
 def test_a_machine_taken_away(here, tiny, rows):
-    "SkyPilot's script: a machine is lost after a checkpoint, and the next one, with nothing on it, goes on to the same end."
+    "SkyPilot's script: a machine is lost after a checkpoint; the next one, with nothing on it, comes to the same end."
     words = [str(word) for word in ('--model', tiny, '--data', rows, *COMMON, '--save-every', 2, '--n-samples', 1)]
     words += ['--prefix-cache', 'disk']
     begin = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
