@@ -6,10 +6,10 @@
 __all__ = ['NEUTRAL', 'LEAST', 'FEW', 'MEASURES', 'INTERVALS', 'JUDGE', 'KEYS', 'READERS', 'PAGE', 'find_model', 'run_options',
            'load_rows', 'held_out', 'summed_losses', 'row_losses', 'neutral_losses', 'repetition', 'answer_rows',
            'measure', 'sums_and_counts', 't_value', 'interval', 'share_interval', 'median_interval', 'values_of',
-           'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines', 'noise', 'spread_lines',
-           'NoRedirect', 'host_of', 'judge_headers', 'ask_judge', 'ask_once', 'judge', 'local_files', 'read_task',
-           'check_tasks', 'run_tasks', 'evaluation_page', 'side_by_side', 'judge_pairs', 'who', 'common_rows',
-           'write_results', 'summary', 'write_each', 'judge_line', 'evaluate']
+           'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines', 'noise', 'spread_lines', 'ask_judge',
+           'ask_once', 'judge', 'local_files', 'read_task', 'check_tasks', 'run_tasks', 'evaluation_page',
+           'side_by_side', 'judge_pairs', 'who', 'common_rows', 'write_results', 'summary', 'write_each', 'judge_line',
+           'evaluate', 'NoRedirect', 'host_of', 'judge_headers']
 
 # %% ../nbs/08_evaluate.ipynb #08-003
 import hashlib
@@ -416,50 +416,6 @@ Answer B:
 
 Reply with one character: A, B, or T for a tie.'''  # what the judge is asked
 
-# %% ../nbs/08_evaluate.ipynb #08-058
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    "A server that sends the question elsewhere is not followed: the key would go along."
-    def redirect_request(self, *args, **kw):
-        return None
-
-# %% ../nbs/08_evaluate.ipynb #08-n70
-def host_of(
-    url:str,  # an address
-)->tuple:  # (scheme, host, port)
-    "Who is asked under an address; raises `Refused` where it is none, or holds more than an address."
-    try:
-        parts = urlsplit(url)
-        found = parts.scheme, parts.hostname, parts.port or dict(http=80, https=443).get(parts.scheme)
-    except ValueError:
-        found = None, None, None
-    if found[0] not in ('http', 'https') or not found[1]:
-        raise Refused('--judge-url is no address of a server; give one such as http://127.0.0.1:8000/v1')
-    if '@' in parts.netloc or parts.query or parts.fragment:
-        raise Refused(f'--judge-url of {found[1]} has a name, a password or a query in it; put the key into '
-                      'OPENAI_API_KEY, and give the address alone')
-    return found
-
-# %% ../nbs/08_evaluate.ipynb #08-n71
-def judge_headers(
-    url:str,  # of the judge
-)->dict:  # headers of a question
-    "The headers, with the key of OPENAI_API_KEY where it stays with the server that it is for."
-    scheme, host, _ = host_of(url)
-    headers = {'Content-Type': 'application/json'}
-    key, home = os.environ.get('OPENAI_API_KEY', '').strip(), os.environ.get('OPENAI_BASE_URL', '').strip()
-    if not key or home and urlsplit(home).netloc != urlsplit(url).netloc:
-        return headers
-    if not (key.isascii() and key.isprintable()):
-        raise Refused('OPENAI_API_KEY has characters that no key has; set it again')
-    try:
-        here = host == 'localhost' or ip_address(host).is_loopback
-    except ValueError:
-        here = False
-    if scheme == 'http' and not here:
-        raise Refused(f'--judge-url: http would send the key of OPENAI_API_KEY to {host} unencrypted; give an https '
-                      'address, or unset the key if this judge needs none')
-    return headers | {'Authorization': f'Bearer {key}'}
-
 # %% ../nbs/08_evaluate.ipynb #08-059
 def ask_judge(
     url:str,  # of an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1
@@ -833,3 +789,47 @@ def evaluate(
     if len(runs) > 1:
         write_each(each, other, about, rows, [run for run, config in zip(runs, configs) if config])
     return '\n'.join([*said, f'side by side in {folder}/evaluation.html'])
+
+# %% ../nbs/08_evaluate.ipynb #08-058
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    "A server that sends the question elsewhere is not followed: the key would go along."
+    def redirect_request(self, *args, **kw):
+        return None
+
+# %% ../nbs/08_evaluate.ipynb #08-n70
+def host_of(
+    url:str,  # an address
+)->tuple:  # (scheme, host, port)
+    "Who is asked under an address; raises `Refused` where it is none, or holds more than an address."
+    try:
+        parts = urlsplit(url)
+        found = parts.scheme, parts.hostname, parts.port or dict(http=80, https=443).get(parts.scheme)
+    except ValueError:
+        found = None, None, None
+    if found[0] not in ('http', 'https') or not found[1]:
+        raise Refused('--judge-url is no address of a server; give one such as http://127.0.0.1:8000/v1')
+    if '@' in parts.netloc or parts.query or parts.fragment:
+        raise Refused(f'--judge-url of {found[1]} has a name, a password or a query in it; put the key into '
+                      'OPENAI_API_KEY, and give the address alone')
+    return found
+
+# %% ../nbs/08_evaluate.ipynb #08-n71
+def judge_headers(
+    url:str,  # of the judge
+)->dict:  # headers of a question
+    "The headers, with the key of OPENAI_API_KEY where it stays with the server that it is for."
+    scheme, host, _ = host_of(url)
+    headers = {'Content-Type': 'application/json'}
+    key, home = os.environ.get('OPENAI_API_KEY', '').strip(), os.environ.get('OPENAI_BASE_URL', '').strip()
+    if not key or home and urlsplit(home).netloc != urlsplit(url).netloc:
+        return headers
+    if not (key.isascii() and key.isprintable()):
+        raise Refused('OPENAI_API_KEY has characters that no key has; set it again')
+    try:
+        here = host == 'localhost' or ip_address(host).is_loopback
+    except ValueError:
+        here = False
+    if scheme == 'http' and not here:
+        raise Refused(f'--judge-url: http would send the key of OPENAI_API_KEY to {host} unencrypted; give an https '
+                      'address, or unset the key if this judge needs none')
+    return headers | {'Authorization': f'Bearer {key}'}

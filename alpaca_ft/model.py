@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
-           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'freeze', 'chosen_layers',
-           'signal_to_noise', 'layer_matrices', 'spectrum', 'goes_to_experts', 'lora_modules', 'check_rotate',
-           'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'in_bf16', 'autocast', 'first_in_graph',
-           'checkpoint_trained', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail',
-           'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved', 'save_model',
-           'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
+           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'freeze', 'in_bf16', 'autocast',
+           'first_in_graph', 'checkpoint_trained', 'chosen_layers', 'signal_to_noise', 'layer_matrices', 'spectrum',
+           'goes_to_experts', 'lora_modules', 'check_rotate', 'resolve_choice', 'layer_weights', 'drawn', 'at_work',
+           'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config',
+           'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved', 'save_model', 'one_of_each_kind',
+           'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -258,12 +258,57 @@ def freeze(
     n = len(decoder_layers(model))
     if not 0 <= n_freeze <= n:
         raise Refused(f'n_freeze is {n_freeze}, but {type(model).__name__} has {n} layers; give 0 to {n}')
-    untied = apply_choice(model, Choice(list(range(n_freeze, n)), n, embed=not freeze_embed), frozen_dtype)
+    choice = Choice(list(range(n_freeze, n)), n, embed=not freeze_embed)
+    untied = apply_choice(model, choice, frozen_dtype)
     if verbose:
-        note = '; lm_head was tied to the embedding and has its own weight now' if untied else ''
-        print(f'layers {n_freeze+1} to {n} of {n} and lm_head are trained{note}')
+        note = '; the head was tied to the embedding and has its own weight now' if untied else ''
+        print(f'trained: {choice}{note}')
         param_count(model)
     return model
+
+# %% ../nbs/04_model.ipynb #4344fdd9
+def in_bf16(
+    model,  # after `freeze`
+)->bool:  # whether part of it is bf16
+    "Whether matrix products of a model are to be computed in bf16."
+    return getattr(model, 'products_in_bf16', False) or any(p.dtype == torch.bfloat16 for p in model.parameters())
+
+# %% ../nbs/04_model.ipynb #03-047
+def autocast(
+    model,  # after `freeze`
+):  # a context manager
+    "bf16 matrix products for a model whose frozen part is bf16; nothing for a model all in fp32."
+    if in_bf16(model):
+        return torch.autocast(model.device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+# %% ../nbs/04_model.ipynb #04-fg1
+def first_in_graph(
+    model,  # after `freeze`
+)->int:  # number of a layer, from 0; the number of layers where none is in the graph
+    "The lowest layer whose activations are kept for the backward pass: it trains, or something below it does."
+    layers = decoder_layers(model)
+    weight = getattr(model.get_input_embeddings(), 'weight', None)
+    if weight is not None and weight.requires_grad:
+        return 0
+    for i, layer in enumerate(layers):
+        if any(p.requires_grad for p in layer.parameters()):
+            return i
+    return len(layers)
+
+# %% ../nbs/04_model.ipynb #03-053
+def checkpoint_trained(
+    model,  # after `freeze`
+)->int:  # layers whose activations are recomputed in the backward pass
+    "Activation checkpointing where there is a backward pass: from the lowest trained layer on."
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=False))
+    model.disable_input_require_grads()
+    layers, first = decoder_layers(model), first_in_graph(model)
+    for i, layer in enumerate(layers):
+        for m in layer.modules():
+            if hasattr(m, 'gradient_checkpointing'):
+                m.gradient_checkpointing = i >= first
+    return len(layers) - first
 
 # %% ../nbs/04_model.ipynb #04-wl2
 def chosen_layers(
@@ -462,50 +507,6 @@ def at_work(
             for p in weights:
                 p.requires_grad_(True)
 
-# %% ../nbs/04_model.ipynb #4344fdd9
-def in_bf16(
-    model,  # after `freeze`
-)->bool:  # whether part of it is bf16
-    "Whether matrix products of a model are to be computed in bf16."
-    return getattr(model, 'products_in_bf16', False) or any(p.dtype == torch.bfloat16 for p in model.parameters())
-
-# %% ../nbs/04_model.ipynb #03-047
-def autocast(
-    model,  # after `freeze`
-):  # a context manager
-    "bf16 matrix products for a model whose frozen part is bf16; nothing for a model all in fp32."
-    if in_bf16(model):
-        return torch.autocast(model.device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-# %% ../nbs/04_model.ipynb #04-fg1
-def first_in_graph(
-    model,  # after `freeze`
-)->int:  # number of a layer, from 0; the number of layers where none is in the graph
-    "The lowest layer whose activations are kept for the backward pass: it trains, or something below it does."
-    layers = decoder_layers(model)
-    weight = getattr(model.get_input_embeddings(), 'weight', None)
-    if weight is not None and weight.requires_grad:
-        return 0
-    for i, layer in enumerate(layers):
-        if any(p.requires_grad for p in layer.parameters()):
-            return i
-    return len(layers)
-
-# %% ../nbs/04_model.ipynb #03-053
-def checkpoint_trained(
-    model,  # after `freeze`
-)->int:  # layers whose activations are recomputed in the backward pass
-    "Activation checkpointing where there is a backward pass: from the lowest trained layer on."
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=False))
-    model.disable_input_require_grads()
-    layers, first = decoder_layers(model), first_in_graph(model)
-    for i, layer in enumerate(layers):
-        for m in layer.modules():
-            if hasattr(m, 'gradient_checkpointing'):
-                m.gradient_checkpointing = i >= first
-    return len(layers) - first
-
 # %% ../nbs/04_model.ipynb #eb4471f0
 @dataclass
 class Place:
@@ -589,7 +590,9 @@ class Apart:
                 start += n
         place = torch.arange(max(lengths))
         inside = place < torch.tensor(lengths)[:, None]
-        there = (torch.tensor(starts)[:, None] + place)*inside  # padding repeats the first token of all
+        # where token i of document d stands in the packed rows, laid end to end; padding repeats their first token
+        there = (torch.tensor(starts)[:, None] + place)*inside
+        # the other way: for each place in the packed rows, where its token went
         back = torch.zeros(len(document_lengths)*width, dtype=torch.long)
         back[there[inside]] = inside.flatten().nonzero()[:, 0]
         self.there, self.back = there.to(device), back.view(-1, width).to(device)
@@ -883,7 +886,8 @@ def memory_estimate(
         activations += 2*sum(p.numel() for p in trained)  # copies in bf16 for the products
     trained_bytes = sum(p.numel()*p.element_size() for p in trained)
     out = dict(frozen=sum(p.numel()*p.element_size() for p in frozen), trained=trained_bytes, gradients=trained_bytes,
-               optimizer=2*trained_bytes, activations=activations, logits=tokens*c.vocab_size*10)
+               optimizer=2*trained_bytes, activations=activations,
+               logits=tokens*c.vocab_size*10)  # each in bf16, in fp32, and its gradient
     return out | dict(total=sum(out.values()))
 
 # %% ../nbs/04_model.ipynb #03-068

@@ -182,7 +182,7 @@ def decide(
                       'use auto, disk or off')
     cache_dir().mkdir(parents=True, exist_ok=True)
     room = dict(memory=available_memory(), disk=shutil.disk_usage(cache_dir()).free)
-    size = f'{n_bytes/1e6:,.0f} MB'
+    size = f'{n_bytes/1e6:,.1f} MB'
     if cfg.prefix_cache != 'auto':
         free = room[cfg.prefix_cache]
         if n_bytes > free*0.9:
@@ -273,7 +273,7 @@ def make_room(
     n_bytes:int,  # that are to be written
 )->None:
     "Delete the states that were used longest ago until old and new ones take at most half of what the disk could give."
-    kept = [*folder.glob('*.bin'), *folder.glob('*.layers')]  # and what killed passes left (appendix A9)
+    kept = [*folder.glob('*.bin'), *folder.glob('*.layers')]  # and what killed passes left (appendix A10)
     files = sorted(kept, key=lambda p: p.stat().st_mtime)
     there = sum(p.stat().st_size for p in files)
     limit = (there + shutil.disk_usage(folder).free)/2

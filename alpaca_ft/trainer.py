@@ -364,7 +364,9 @@ class PackedSFTTrainer(SFTTrainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 losses = self.model(**on_device(batch, self.args.device), each_token=True)
                 rows.append(row_sums(losses, batch))
-        in_order = [sums for batches in zip(*everyone(rows)) for sums in batches]
+        in_order = []
+        for batches in zip(*everyone(rows)):  # the processes had the batches in turn
+            in_order += batches
         loss, n, response_loss, n_response = torch.cat(in_order).sum(0).tolist()
         metrics = {f'{metric_key_prefix}_loss': loss/n,
                    f'{metric_key_prefix}_response_loss': response_loss/n_response if n_response else None}
