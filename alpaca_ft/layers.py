@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .data import Refused, cache_dir
 from .files import sync, write_whole
-from .memory import planned, twin
+from .memory import give_back_at_once, planned, twin
 from .model import (Attention, Choice, Place, Trunk, apply_choice, cut_layers, decoder_layers,
                              mend_generation_config, model_folder, resolve_choice, share)
 from .model import _load
@@ -252,6 +252,7 @@ def large_model(
     places = where_weights_are(model, shards(folder))
     check_names(model, places, cfg.model)
     shape = twin(model, 'meta')
+    give_back_at_once()
     load_upper(model, places, choice.first, place)
     large = Large(model, folder, places, choice, shape=shape)
     apply_choice(model, choice, place.dtype)
