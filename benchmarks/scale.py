@@ -14,7 +14,6 @@ Writes benchmarks/results/DATE-scale.json. Linux only.
 import argparse
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -104,11 +103,10 @@ def sharing(folder, options):
             keep = 'off' if about == 'nothing kept' else 'disk'
             out = folder/f'{processes}-{about.replace(" ", "-")}'
             first, log, others = job(out, processes, 1, cache, [*options, '--max-steps=2', f'--prefix-cache={keep}'])
-            kept = sum(path.stat().st_size for path in cache.glob('prefix/*.bin'))
-            pass_ = [int(n) for n in re.findall(r'frozen layers, once: 100%[^|]*\|[^|]*\| (\d+)/', log)]
+            files = list(cache.glob('prefix/*.bin'))
             found.append(dict(processes=processes, job=about, seconds_to_first_step=first, others=others,
-                              rows_through_frozen_layers=rows_sent(log, out), of_the_first_process=max(pass_, default=0),
-                              files=len(list(cache.glob('prefix/*.bin'))), bytes_on_disk=kept))
+                              rows_through_frozen_layers=rows_sent(log, out), files=len(files),
+                              bytes_on_disk=sum(path.stat().st_size for path in files)))
             say(*found[-1].items())
     return found
 
@@ -153,12 +151,12 @@ def main():
                    '--eval-every=1000000', '--n-samples=0']
         rounds = throughput(folder, args, [*options, f'--data={folder}/rows.jsonl'])
         shared = sharing(folder, [*options, f'--data={folder}/some.jsonl'])
-    fast, plain, both = ARMS
+    alone, threads, both = ARMS
+    pairs = [(both, alone), (threads, alone), (both, threads)]
     settings = vars(args) | dict(model='demo' if args.model == 'demo' else 'another', cores=len(two))
     settings.pop('out')
     result = dict(date=str(date.today()), machine=machine(), settings=settings, rounds=rounds,
-                  ratios={f'{both} / {fast}': ratios(rounds, both, fast), f'{plain} / {fast}': ratios(rounds, plain, fast),
-                          f'{both} / {plain}': ratios(rounds, both, plain)}, sharing=shared)
+                  ratios={f'{a} / {b}': ratios(rounds, a, b) for a, b in pairs}, sharing=shared)
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + '\n')
     show(result)

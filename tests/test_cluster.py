@@ -77,7 +77,7 @@ def job(here, out, code=0, state='RUNNING'):
 
 
 def test_job(here):
-    "It begins, goes on in a folder that is there, and is put back in the queue if it was stopped and nobody else did it."
+    "It begins, goes on in a folder that is there, and is put back in the queue if it was stopped and nobody did so."
     code, started, _ = job(here, 'runs/mine')
     assert code == 0 and '--data my rows.jsonl --out=runs/mine' in started and '--resume' not in started
     Path('runs/mine').mkdir(parents=True)
