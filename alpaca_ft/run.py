@@ -30,7 +30,7 @@ from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
 from .data import Refused, check_near, near_duplicates, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
-from .layers import Large, large_model, save_by_shard, shards, state_kind, states_by_layer, try_saving_about
+from .layers import Large, as_folder, large_model, save_by_shard, shards, state_kind, states_by_layer, try_saving_about
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
 from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, at_work, has_adapter, load_model,
                     load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
@@ -89,7 +89,7 @@ def train(
     with together():  # all processes, where there are several
         each_does(check_tracking, cfg)
         each_does(check_near, cfg.near_duplicates)
-        cfg = first_does(started_again, cfg)
+        cfg = first_does(as_folder, first_does(started_again, cfg))
         each_does(check_share, cfg, place)
         with the_folder(cfg) as out:
             run = each_does(prepare, cfg, place)
@@ -548,7 +548,7 @@ def check(
     check_tracking(cfg)
     check_near(cfg.near_duplicates)
     check_out(cfg)
-    unknown = []
+    cfg, unknown = as_folder(cfg), []
     if cfg.model == 'demo' or Path(cfg.model).is_dir() and not config_alone(cfg.model):
         run = prepare(cfg, place)
     else:

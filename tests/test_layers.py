@@ -286,3 +286,45 @@ def test_shard(tmp_path):
         torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in (old | new).items()
     )
     assert header(tmp_path/'new.safetensors')[1] % 8 == 0
+
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen3'])
+def test_gguf(kind, tokenizer, rows, tmp_path, monkeypatch, command):
+    """A quantised file, read a layer at a time, gives the states and losses of the model that transformers turns into
+    numbers as a whole."""
+    from copy import deepcopy
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from alpaca_ft.gguf_file import write_gguf
+    config, tokenizer = shape_of(kind), deepcopy(tokenizer)
+    tokenizer.add_special_tokens(dict(unk_token='<|endoftext|>'))  # transformers adds it to a file without one
+    config.vocab_size = len(tokenizer)
+    if kind == 'qwen3':
+        config.head_dim = 128  # transformers reads no other from a file
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    file = tmp_path / 'one.gguf'
+    write_gguf(tmp_path / kind, file, 'q8_0')
+    whole = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    whole.save_pretrained(tmp_path / 'whole')
+    AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name).save_pretrained(tmp_path / 'whole')
+    runs, states = {}, {}
+    for model, way in ((tmp_path / 'whole', False), (file, True)):
+        monkeypatch.setenv('ALPACA_FT_CACHE', str(tmp_path / f'cache{way}'))
+        runs[way] = train(
+            RunConfig(out=str(tmp_path / f'run{way}'), layer_by_layer=way, **options(model, rows, dtype='fp32'))
+        )
+        states[way] = kept(tmp_path / f'cache{way}')
+    assert len(shards(Path(runs[True].cfg.model))) == 5 and runs[True].large
+    assert list(states[True].values()) == list(states[False].values())
+    assert losses(runs[True]) == losses(runs[False])
+    a, b = (weights(tmp_path / f'run{way}' / 'model') for way in (False, True))
+    assert a.keys() == b.keys() and all(torch.equal(t, b[k]) for k, t in a.items())
+    file.write_bytes(file.read_bytes()[:200])
+    code, out, err = command('train', '--model', file, '--data', rows, '--out', tmp_path / 'no')
+    assert code == 2 and 'one.gguf: cannot be read' in err and len(err.splitlines()) == 2, err
+    assert not (tmp_path / 'no').exists() and not list((tmp_path / 'cacheTrue' / 'gguf').glob('*.part'))
