@@ -199,14 +199,20 @@ class Checkpoints(TrainerCallback):
         return self.trainer.model.tail.trained()
 
     def tensors(self):
-        "What trains, and what the optimizer has on it; put together where it is spread over processes."
+        "What trains, and what the optimizer has on it, for the first process; put together where it is spread."
         weights, moments = {}, {}
         for k, p in self.trained().items():
-            weights[k] = gathered(p.detach()).cpu().contiguous()
+            self.put(weights, k, p.detach())
             for name, t in self.trainer.optimizer.state[p].items():
                 if t is not None:
-                    moments[f'{k}|{name}'] = gathered(torch.as_tensor(t)).cpu().contiguous()
+                    self.put(moments, f'{k}|{name}', torch.as_tensor(t))
         return weights, moments
+
+    def put(self, tensors, name, tensor):
+        "All of a tensor, into the memory of the process that writes: the others only give their part."
+        whole = gathered(tensor)
+        if is_first():
+            tensors[name] = whole.cpu().contiguous()
 
     def write(self, folder, weights, tensors):
         "All files of a checkpoint."
