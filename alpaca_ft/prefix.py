@@ -74,7 +74,7 @@ def rows_states(
 ):  # the states of each row, (tokens, hidden), on the CPU
     "Send rows through the frozen layers, with a progress bar."
     collate, before = StepCollator(0, 'all'), 0
-    numbers = numbers or range(sum(map(len, splits)))
+    numbers = range(sum(map(len, splits))) if numbers is None else numbers
     shown = dict(desc='frozen layers, once', unit='row', file=sys.stderr, disable=not is_first())
     with tqdm(total=len(numbers), **shown) as bar:
         for rows in splits:
