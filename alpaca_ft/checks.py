@@ -220,6 +220,31 @@ EXERCISES |= {
                      'Rounding to the nearest is wrong by half of that at most.'),
 }
 
+# %% ../nbs/a9_checks.ipynb #a9-x8
+EXERCISES |= {
+    '14-1': Exercise('the micro-batches of the first process: a list of lists of rows', '59e7a64e89aa',
+                     'How many micro-batches has a step?',
+                     'They are dealt out like cards.'),
+    '14-2': Exercise('the step of the checkpoint, if the evaluation comes after step 8', 'f109ac47c708',
+                     'A signal is only noted when it comes.',
+                     'When do the four ask each other?'),
+    '16-1': Exercise('how many parameters are named', '704afd1f8da6',
+                     'The loss does not see what comes before the detached output.',
+                     'Which of these layers should train?'),
+    '16-2': Exercise('what changes in the four cases: four lists of entries', 'f6e5401b024a',
+                     'What is packed is made of the rows, in their order.',
+                     'Do rows or files depend on `n_freeze`?'),
+    '16-3': Exercise('the step, the step of the checkpoint, and the number of lines: a list', '4b759dbc516a',
+                     'A checkpoint is written between two steps.',
+                     'Is 10 a multiple of 4? The logs are cut back to the checkpoint.'),
+    '18-2': Exercise('who notices: a list of four, of `argparse` and `RunConfig`', '949e4602e508',
+                     'argparse knows the names of all options, and the presets.',
+                     'A value is a text to it.'),
+    '18-3': Exercise('learning rate, batch size, `seq_len` and `freeze_embed`: a list', 'b2e508e05b44',
+                     'What is typed overrides the file.',
+                     'The file overrides the preset.'),
+}
+
 # %% ../nbs/a9_checks.ipynb #a9-018
 def check(
     exercise:str,  # its chapter and number, such as `03-2`

@@ -9,7 +9,7 @@ __all__ = ['NEUTRAL', 'LEAST', 'FEW', 'MEASURES', 'INTERVALS', 'JUDGE', 'KEYS', 
            'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines', 'noise', 'spread_lines', 'ask_judge',
            'ask_once', 'judge', 'local_files', 'read_task', 'check_tasks', 'run_tasks', 'evaluation_page',
            'side_by_side', 'judge_pairs', 'who', 'common_rows', 'write_results', 'notes', 'summary', 'write_each',
-           'judge_line', 'check_judge', 'evaluate', 'NoRedirect', 'host_of', 'judge_headers']
+           'judge_line', 'check_judge', 'heads', 'measure_each', 'evaluate', 'NoRedirect', 'host_of', 'judge_headers']
 
 # %% ../nbs/08_evaluate.ipynb #08-003
 import hashlib
@@ -782,16 +782,45 @@ def judge_line(
 
 # %% ../nbs/08_evaluate.ipynb #08-083-p1
 def check_judge(
-    url:str,  # of the judge
+    url:str,  # of the judge; None: there is none
     runs:list,  # names
     other:str,  # name of the model that they are compared with, or None
     n_samples:int,  # rows answered; None: all
 )->None:
     "Refuse a judge that has no two answers to compare, or that would be sent a key in the open."
+    if url is None:
+        return
     if other is None or len(runs) > 1 or n_samples == 0:
         raise Refused('a judge compares the answers of two models; give one run, name the other model with --against, '
                       'and let rows be answered')
     judge_headers(url)
+
+# %% ../nbs/08_evaluate.ipynb #08-083-p3
+def heads(
+    configs:list,  # of the runs
+    other:str,  # name of the model that they are compared with, or None
+)->tuple:  # of the two columns
+    "What the columns of a comparison are called: `before` and `after` where the runs started from the other model."
+    trained = all(config.get('model') == other for config in configs)
+    return ('before', 'after') if trained else ('against', 'model')
+
+# %% ../nbs/08_evaluate.ipynb #08-083-p3-s1
+def measure_each(
+    models:dict,  # name: what `load_model` takes; the runs first
+    configs:list,  # of the runs
+    rows,  # Dataset of rows
+    n_samples:int,  # see `evaluate`
+    max_new_tokens:int,  # see `evaluate`
+    trust_remote_code:bool,  # see `evaluate`
+    tasks:list,  # see `check_tasks`
+)->dict:  # what `measure` says of each model, by its name
+    "Measure the models one after another, in the template of the first."
+    seq_len = max(config.get('seq_len', 1024) for config in configs)
+    trust = trust_remote_code or any(config.get('trust_remote_code') for config in configs)
+    like, each = next(iter(models.values())), {}
+    for name, model in models.items():
+        each[name] = measure(model, rows, seq_len, n_samples, max_new_tokens, trust, tasks, like)
+    return each
 
 # %% ../nbs/08_evaluate.ipynb #08-083
 def evaluate(
@@ -809,16 +838,10 @@ def evaluate(
     "Measure a run before and after training, or several, and leave the answers side by side."
     runs = list(dict.fromkeys([str(runs)] if isinstance(runs, (str, Path)) else map(str, runs)))
     models, configs, other = who(runs, against)
-    if judge_url:
-        check_judge(judge_url, runs, other, n_samples)
+    check_judge(judge_url, runs, other, n_samples)
     todo, rows = check_tasks(tasks or []), common_rows(runs, configs, data)
-    seq_len = max(config.get('seq_len', 1024) for config in configs)
-    trust = trust_remote_code or any(config.get('trust_remote_code') for config in configs)
-    like = models[runs[0]]
-    each = {name: measure(m, rows, seq_len, n_samples, max_new_tokens, trust, todo, like) for name, m in models.items()}
-    trained = all(config.get('model') == other for config in configs)
-    about = dict(heads=('before', 'after') if trained else ('against', 'model'), max_new_tokens=max_new_tokens,
-                 data=data or configs[0].get('data'))
+    each = measure_each(models, configs, rows, n_samples, max_new_tokens, trust_remote_code, todo)
+    about = dict(heads=heads(configs, other), max_new_tokens=max_new_tokens, data=data or configs[0].get('data'))
     folder = Path(to or (runs[0] if len(runs) == 1 and configs[0] else 'evaluation'))
     result, said = summary(each, other, about, rows)
     side = side_by_side(rows, list(each), list(each.values()))
