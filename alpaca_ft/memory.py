@@ -244,7 +244,7 @@ def at_work_already(
 
 # %% ../nbs/a5_memory.ipynb #a5-031
 def give_back_at_once(
-    size:int=1 << 20,  # bytes; a freed tensor that is larger goes back to the system
+    size:int=1 << 17,  # bytes; a freed tensor that is larger goes back to the system
 )->bool:  # whether the system can do that
     "Let malloc keep nothing large: less memory and a little more time, for the rest of the process."
     try:

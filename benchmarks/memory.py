@@ -67,7 +67,7 @@ def make_parts(folder, models=MODELS):
         model.save_pretrained(folder/name)
         tokenizer.save_pretrained(folder/name)
     write_jsonl(folder/'rows.jsonl', rows.select(range(24)))
-    write_jsonl(folder/'eval.jsonl', rows.select(range(60, 65)))
+    write_jsonl(folder/'eval.jsonl', rows.select(range(60, 76)))
 
 
 def status(name):
@@ -130,7 +130,7 @@ def child(options, given_back):
 def measured(folder, model, options, given_back):
     "One shape in a process of its own."
     options = options | dict(model=str(folder/model), data=str(folder/'rows.jsonl'), eval_data=str(folder/'eval.jsonl'),
-                             out=str(folder/'out'), max_steps=2, n_samples=0)
+                             out=str(folder/'out'), max_steps=2, eval_every=2, n_samples=0)
     subprocess.run(['rm', '-rf', str(folder/'out')], check=True)
     command = [sys.executable, __file__, '--child', json.dumps([options, given_back])]
     env = os.environ | dict(OMP_NUM_THREADS='1')
