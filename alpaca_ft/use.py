@@ -334,8 +334,10 @@ def model_card(
     about_data = f"`{config['data']}`"
     if data:
         digest = (config.get('manifest') or {}).get('data', '?')
-        about_data += (f": {data['examples']:,} rows, {data['tokens']:,} tokens; sha256 of these and the held-out rows "
-                       f'begins with {digest}.')
+        much = f"{data['examples']:,} rows, {data['tokens']:,} tokens"
+        if not (r['preflight'].get('stream') or {}).get('counted', True):
+            much = f"read as a stream for {r['preflight']['steps']:,} steps"
+        about_data += f': {much}; sha256 of these and the held-out rows begins with {digest}.'
     how = dict(lora='tuned with LoRA', full='tuned').get(config.get('method'), 'freeze-tuned')
     what = f"the first {config['n_freeze']} layers"
     if trains := r['preflight'].get('trains'):
