@@ -97,6 +97,7 @@ def _json_rows(
     for number, line, _ in chain([first], lines):
         yield number, _parsed(path, number, line)
 
+# %% ../nbs/01_data.ipynb #f1252e6f
 def _parquet_rows(
     path:Path,  # a Parquet file
     before:int=0,  # rows to pass over
@@ -527,8 +528,8 @@ def near_duplicates(
             counts['eval'] += 1
             pairs.append(('eval', test[k]['instruction'][:80], row[0][:80]))
             held_out.index.remove(k)  # it was counted
-    shown = [[p for p in pairs if p[0] == split][:3] for split in ('eval', 'train')]
-    return dict(threshold=threshold, **counts, pairs=shown[0] + shown[1])
+    shown = [p for p in pairs if p[0] == 'eval'][:3] + [p for p in pairs if p[0] == 'train'][:3]
+    return dict(threshold=threshold, **counts, pairs=shown)
 
 # %% ../nbs/01_data.ipynb #01-083
 def _deepest_row(

@@ -7,14 +7,15 @@ __all__ = ['NAMES', 'shards', 'header', 'empty_model', 'where_weights_are', 'rea
            'check_names', 'room', 'too_large', 'small_enough', 'fetched', 'why_not_by_layer', 'large_model', 'order',
            'InMemory', 'OnDisk', 'checksum', 'Reached', 'Embedding', 'one_stage', 'state_kind', 'send_through',
            'forget_embedding', 'states_by_layer', 'new_header', 'pieces', 'tensor_pieces', 'write_shard', 'check_shard',
-           'write_about', 'try_saving_about', 'save_by_shard']
+           'write_about', 'try_saving_about', 'save_by_shard', 'unpermute_rows', 'gguf_names', 'gguf_weight',
+           'unpack_gguf', 'as_folder']
 
 # %% ../nbs/a10_layers.ipynb #a9-003
 import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from .data import Refused, cache_dir
 from .files import sync, write_whole
-from .memory import planned, twin
+from .memory import give_back_at_once, planned, twin
 from .model import (Attention, Choice, Place, Trunk, apply_choice, cut_layers, decoder_layers,
                              mend_generation_config, model_folder, resolve_choice, share)
 from .model import _load
@@ -252,6 +253,7 @@ def large_model(
     places = where_weights_are(model, shards(folder))
     check_names(model, places, cfg.model)
     shape = twin(model, 'meta')
+    give_back_at_once()
     load_upper(model, places, choice.first, place)
     large = Large(model, folder, places, choice, shape=shape)
     apply_choice(model, choice, place.dtype)
@@ -707,3 +709,124 @@ def save_by_shard(
         sync(f)
     os.rename(part, folder)
     sync(folder.parent)
+
+# %% ../nbs/a10_layers.ipynb #a9-gg2
+def unpermute_rows(
+    weight:torch.Tensor,  # of q or k, in llama.cpp's order
+    heads:int,  # how many heads
+)->torch.Tensor:  # of the same shape
+    "Undo `permute_rows`: neighbours become i and i + d/2 of a head again."
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+# %% ../nbs/a10_layers.ipynb #a9-gg4
+def gguf_names(
+    model,  # see `empty_model`
+    file,  # gguf.GGUFReader
+    name:str,  # of the file, for a refusal
+)->dict:  # name of a weight in the model: tensor of the file
+    "Which tensor of a GGUF file is which weight; raises `Refused` where one has no place."
+    import gguf
+    from alpaca_ft.gguf_file import KINDS
+    config, there = model.config, {t.name: t for t in file.tensors}
+    if config.model_type not in KINDS or 'rope_freqs.weight' in there:
+        raise Refused(f'{name}: {config.model_type} with these positions is not read from GGUF; give a folder with '
+                      'config.json and safetensors')
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[KINDS[config.model_type].upper()], config.num_hidden_layers)
+    found = {}
+    for weight, p in model.state_dict().items():
+        key = table.get_name(weight, ['.weight', '.bias'])
+        if key in there:
+            found[weight] = there.pop(key)
+            shape = tuple(int(n) for n in reversed(found[weight].shape))
+            if shape != tuple(p.shape):
+                raise Refused(f'{name}: {weight} is {shape} there, and {tuple(p.shape)} by its config as transformers '
+                              'reads it; give a folder with config.json and safetensors')
+        elif not (weight == 'lm_head.weight' and config.tie_word_embeddings):
+            raise Refused(f'{name}: {weight} is not in it; give a folder with config.json and safetensors')
+    if there:
+        raise Refused(f'{name}: {sorted(there)[0]} has no place in {type(model).__name__}; give a folder with '
+                      'config.json and safetensors')
+    return found
+
+# %% ../nbs/a10_layers.ipynb #a9-gg6
+def gguf_weight(
+    tensor,  # of gguf.GGUFReader
+    weight:str,  # its name in the model
+    config,  # of the model
+)->torch.Tensor:  # fp32
+    "One weight of a GGUF file as numbers, its rows in transformers' order."
+    from gguf.quants import dequantize
+    values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    values = values.float().reshape(*reversed([int(n) for n in tensor.shape]))
+    heads = {'.q_proj.': config.num_attention_heads, '.k_proj.': config.num_key_value_heads}
+    for part, n in heads.items():
+        if part in weight and config.model_type in ('llama', 'mistral'):
+            values = unpermute_rows(values, n)
+    return values.contiguous()
+
+# %% ../nbs/a10_layers.ipynb #a9-gg7
+def unpack_gguf(
+    file:Path,  # GGUF
+    folder:Path,  # is made
+)->None:
+    "Write a GGUF file's model as a folder of fp32 weights, a layer at a time; raises `Refused`."
+    # What the libraries lack: transformers holds all of a file's numbers at once to do this.
+    from accelerate import init_empty_weights
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    where = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        reader = GGUFReader(file)
+    except Exception as e:  # a broken file fails anywhere
+        raise Refused(f'{file}: cannot be read ({" ".join(str(e).split())[:160]}); give a folder with config.json and '
+                      'safetensors') from None
+    groups = {}
+    for weight, tensor in gguf_names(model, reader, str(file)).items():
+        layer = weight.split('.')[2] if '.layers.' in weight else 'rest'
+        groups.setdefault(layer, {})[weight] = tensor
+    folder.mkdir(parents=True)
+    weight_map, size = {}, 0
+    for number, group in enumerate(groups.values(), 1):
+        target = f'model-{number:05}-of-{len(groups):05}.safetensors'
+        weights = {k: gguf_weight(t, k, config) for k, t in group.items()}
+        save_file(weights, folder/target, metadata=dict(format='pt'))
+        weight_map |= dict.fromkeys(weights, target)
+        size += sum(4*t.numel() for t in weights.values())
+    index = dict(metadata=dict(total_size=size), weight_map=weight_map)
+    (folder/'model.safetensors.index.json').write_text(json.dumps(index, indent=1), encoding='utf-8')
+    config.architectures, config.dtype = [type(model).__name__], 'float32'
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+# %% ../nbs/a10_layers.ipynb #a9-gg9
+def as_folder(
+    cfg:RunConfig,  # model: anything, or a GGUF file
+)->RunConfig:  # with a folder in the file's place
+    "Unpack a GGUF file into the cache, where it is not there yet; raises `Refused`."
+    from filelock import FileLock
+    file = Path(cfg.model)
+    if file.suffix != '.gguf':
+        return cfg
+    if not file.is_file():
+        raise Refused(f'{file}: no such file; give a GGUF file, or a folder with config.json and safetensors')
+    stat = file.stat()
+    key = checksum(f'{file.resolve()} {stat.st_size} {stat.st_mtime_ns}'.encode())[:16]
+    folder = cache_dir()/'gguf'/f'{file.stem}-{key}'
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{folder}.lock'):
+        if not folder.exists():
+            print(f'unpacking {file} into {folder}, once', file=sys.stderr)
+            part = folder.with_name(f'{folder.name}.part')
+            shutil.rmtree(part, ignore_errors=True)
+            try:
+                unpack_gguf(file, part)
+            except OSError as e:
+                raise Refused(f'{file}: cannot be unpacked into {folder} ({e.strerror or e}); free some space, or set '
+                              'ALPACA_FT_CACHE to another disk') from None
+            os.rename(part, folder)
+    return replace(cfg, model=str(folder))

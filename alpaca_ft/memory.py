@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'UNITS', 'Tally', 'no_contents', 'twin', 'bytes_of', 'full_rows', 'make_batches', 'watch', 'step_peaks',
-           'moments', 'resident', 'give_back_at_once', 'whole_bytes', 'large_moments', 'memory_plan', 'gigabytes',
-           'memory_table', 'as_bytes', 'harmless', 'harder', 'flags', 'worst', 'fitting', 'fit_lines', 'counted_advice',
-           'planned']
+           'moments', 'resident', 'at_work_already', 'give_back_at_once', 'is_short', 'GiveBack', 'whole_bytes',
+           'large_moments', 'memory_plan', 'gigabytes', 'memory_table', 'as_bytes', 'harmless', 'harder', 'flags',
+           'worst', 'fitting', 'fit_lines', 'counted_advice', 'planned']
 
 # %% ../nbs/a5_memory.ipynb #a5-002
 import copy
@@ -18,12 +18,13 @@ from dataclasses import asdict
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 from .data import Refused
 from .model import (Choice, Place, Tail, Trunk, apply_choice, at_work, checkpoint_trained, decoder_layers,
                              memory_estimate, resolve_choice)
 from .options import RunConfig
-from .prefix import why_no_states
+from .prefix import available_memory, give_back_memory, why_no_states
 from .speed import Step, ways
 from .trainer import PackedLoss, StepCollator, check_optim
 
@@ -227,6 +228,20 @@ def resident()->int:  # bytes
     import psutil
     return psutil.Process().memory_info().rss
 
+def at_work_already(
+    dtype:torch.dtype,  # in which a run computes
+)->int:  # bytes
+    "The memory of this process once its libraries have computed something, before a model is loaded."
+    import matplotlib.figure  # noqa: F401 (a run's report imports it)
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401
+    weight = torch.ones(512, 512, dtype=dtype, requires_grad=True)
+    for n in range(128, 1152, 128):
+        x = torch.ones(n, 512, dtype=dtype)
+        nn.functional.linear(x, weight).float().sum().backward()
+    del weight, x
+    give_back_memory()
+    return resident()
+
 # %% ../nbs/a5_memory.ipynb #a5-031
 def give_back_at_once(
     size:int=1 << 20,  # bytes; a freed tensor that is larger goes back to the system
@@ -236,6 +251,31 @@ def give_back_at_once(
         return bool(ctypes.CDLL(None).mallopt(-3, size))  # M_MMAP_THRESHOLD of glibc
     except (OSError, AttributeError, TypeError):
         return False  # another system
+
+# %% ../nbs/a5_memory.ipynb #a5-gb2
+def is_short(
+    worst:int,  # bytes of a run's worst moment
+    place:Place,  # device
+)->bool:
+    "Whether a run takes so much of the machine's memory that none should be left lying about."
+    return place.device.type == 'cpu' and worst > (available_memory() + resident())/2
+
+# %% ../nbs/a5_memory.ipynb #a5-gb4
+class GiveBack(TrainerCallback):
+    "Return what was freed to the system: around evaluations, or after every step."
+    def __init__(self,
+        always:bool,  # after every step
+    ):
+        self.always = always
+
+    def on_step_end(self, args, state, control, **kw):
+        "Before an evaluation, if one follows."
+        if self.always or control.should_evaluate:
+            give_back_memory()
+
+    def on_evaluate(self, *args, **kw):
+        "After an evaluation."
+        give_back_memory()
 
 # %% ../nbs/a5_memory.ipynb #a5-033
 KINDS = dict(process='Python and libraries', frozen='weights that stay', trained='weights that train',

@@ -30,7 +30,7 @@ def option(
 # %% ../nbs/a2_options.ipynb #a2-009
 @dataclass
 class RunConfig:
-    "Every option of a run. The defaults are the demo: SmolLM2-135M on the built-in rows, minutes on two cores."
+    "Every option of a run. The defaults: SmolLM2-135M on the built-in rows, one epoch, loss on all tokens."
     model:str = option('demo', '`demo`, a folder, or a hub id of a causal language model')
     data:str = option('builtin', '`builtin` or `demo` rows, a file (.json, .jsonl, .parquet), a folder, a W&B artifact '
                       'entity/project/name:alias, or a hub id')

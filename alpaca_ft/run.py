@@ -6,10 +6,10 @@
 __all__ = ['LOCK', 'NOT_BEGUN', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'the_folder', 'check_share',
            'untracked', 'started_again', 'read_and_pack', 'stream_report', 'pack_rows', 'check_fit', 'load_whole',
            'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'measure_step', 'decide_states',
-           'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check', 'memory_lines', 'config_alone',
-           'prepare_shape', 'agree', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states',
-           'keep_by_layer', 'what_trains', 'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued',
-           'save_result', 'what_is_left', 'in_a_line', 'finish']
+           'decide_by_layer', 'preflight', 'known', 'count_memory', 'spare_memory', 'notes', 'check', 'memory_lines',
+           'config_alone', 'prepare_shape', 'agree', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin',
+           'keep_states', 'keep_by_layer', 'what_trains', 'build_trainer', 'stopped_by_rows', 'train_steps',
+           'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -30,17 +30,18 @@ from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
 from .data import Refused, as_dataset, check_near, near_duplicates, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
-from .layers import Large, large_model, save_by_shard, shards, state_kind, states_by_layer, try_saving_about
+from .layers import (Large, as_folder, large_model, save_by_shard, shards, state_kind, states_by_layer,
+                              try_saving_about)
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
 from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, at_work, has_adapter, load_model,
                     load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
-from .memory import (as_bytes, bytes_of, counted_advice, fit_lines, fitting, memory_table, planned, resident,
-                              twin)
+from .memory import (GiveBack, as_bytes, at_work_already, bytes_of, counted_advice, fit_lines, fitting,
+                              give_back_at_once, is_short, memory_table, planned, twin)
 from .model import _load
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
-from .prefix import (WholeModel, decide, packed_lengths, states_in_memory, states_on_disk, try_tail,
-                     why_no_states, with_row_numbers)
+from .prefix import (WholeModel, decide, give_back_memory, packed_lengths, states_in_memory, states_on_disk,
+                     try_tail, why_no_states, with_row_numbers)
 from .processes import (each_does, everyone, is_first, first_does, launch_name, may_restart, rank, restarts,
                                  shared, together)
 from .prompts import tokenize, use_template
@@ -91,7 +92,7 @@ def train(
     with together():  # all processes, where there are several
         each_does(check_tracking, cfg)
         each_does(check_near, cfg.near_duplicates)
-        cfg = first_does(started_again, cfg)
+        cfg = first_does(as_folder, first_does(started_again, cfg))
         each_does(check_share, cfg, place)
         with the_folder(cfg) as out:
             run = each_does(prepare, cfg, place)
@@ -355,7 +356,7 @@ def prepare(
         raise Refused('train_dtype is bf16, but products are computed in fp32 here; give --dtype bf16')
     check_optim(cfg.optim)
     read_and_pack(run)
-    run.report['process_bytes'] = resident()
+    run.report['process_bytes'] = at_work_already(run.place.dtype)
     run.large = large_model(cfg, run.place)
     if run.large and cfg.stream:
         raise Refused(f'{cfg.model}: is too large to be loaded as a whole, and to read it layer by layer keeps states '
@@ -534,6 +535,8 @@ def preflight(
         decide_states(run)
     run.report['model_bytes'] = bytes_of(model.parameters())
     count_memory(run)
+    if measure:
+        spare_memory(run)
     return run.report
 
 # %% ../nbs/16_run.ipynb #16-cm1
@@ -554,6 +557,15 @@ def count_memory(
     r['memory_bytes'] = by | dict(total=sum(by.values()))
     r['memory_uncounted'] = why
 
+def spare_memory(
+    run,  # Run after `count_memory`; its report says whether freed memory goes back at once
+)->None:
+    "Return what the checks have left; where memory is short, keep nothing that was freed from now on."
+    worst = max(run.report['memory_moments'].values())
+    short = bool(run.large) or is_short(worst, run.place)
+    run.report['gives_back'] = short and run.place.device.type == 'cpu' and give_back_at_once()
+    give_back_memory()
+
 # %% ../nbs/16_run.ipynb #16-055
 def notes(
     run,  # Run after `preflight`
@@ -568,6 +580,8 @@ def notes(
         lines.append(run.step.says)
     if run.report.get('prefix_says'):
         lines.append(f"frozen layers: {run.report['prefix_says']}")
+    if run.report.get('gives_back'):
+        lines.append('memory is short, so what was freed goes back to the system at once (a little slower)')
     if run.large and run.cfg.n_samples:
         lines.append('samples: left out, for they need every layer for every token')
     if still := run.report.get('without_gradient'):
@@ -585,7 +599,7 @@ def check(
     check_tracking(cfg)
     check_near(cfg.near_duplicates)
     check_out(cfg)
-    unknown = []
+    cfg, unknown = as_folder(cfg), []
     if cfg.model == 'demo' or Path(cfg.model).is_dir() and not config_alone(cfg.model):
         run = prepare(cfg, place)
     else:
@@ -633,7 +647,7 @@ def prepare_shape(
     from transformers import AutoConfig, AutoModelForCausalLM
     quiet()
     run, article = Run(cfg, place or settle(cfg.dtype)), cfg.model == PRESETS['article']['model']
-    run.report['process_bytes'] = resident()
+    run.report['process_bytes'] = at_work_already(run.place.dtype)
     if article:
         run.model = model_shape(**LLAMA_2_7B).to(torch.bfloat16)
     else:
@@ -829,6 +843,8 @@ def build_trainer(
     if cfg.n_samples and not run.large:
         trainer.add_callback(LLMSampleCB(trainer, run.rows['test'], cfg.n_samples, cfg.max_new_tokens,
                                          out/'samples.jsonl', run.whole.use_by_all, max_prompt_tokens=cfg.seq_len))
+    if run.place.device.type == 'cpu':
+        trainer.add_callback(GiveBack(run.report['gives_back']))
     for cb in (*tracker.callbacks, ReportCB(out), *callbacks):
         trainer.add_callback(cb)
     trainer.saver, trainer.metrics_bar, trainer.best = saver, metrics, best

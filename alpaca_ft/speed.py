@@ -9,6 +9,7 @@ __all__ = ['IGNORED', 'BY_DOCUMENT', 'FLASH', 'MASKED', 'ALONE', 'FEW_LOGITS', '
            'ways', 'piece_of', 'loss_and_gradients', 'apart', 'choose_step']
 
 # %% ../nbs/11_speed.ipynb #11-003
+import math
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -55,7 +56,7 @@ def document_attention(
     for i, lengths in enumerate(document_lengths):
         parts, start = [], 0
         for n in lengths:
-            end = start + n + -n % 32  # few shapes; attention is causal, so the document does not see what follows it
+            end = start + 32*math.ceil(n/32)  # few shapes; attention is causal, so nobody sees what follows a document
             extra = max(0, end - total)
             q, k, v = (pad(x[i:i+1, :, start:end], (0, 0, 0, extra)) for x in (query, key, value))
             out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout,
@@ -182,7 +183,7 @@ class LinearLoss(torch.autograd.Function):
         piece = 128  # tokens at a time
         n, w = len(hidden), weight.to(hidden.dtype)
         h = pad(hidden, (0, 0, 0, -n % piece))  # few shapes: the CPU's library keeps memory for each one it meets
-        g = torch.empty(len(h), len(w), dtype=h.dtype, device=h.device)
+        g = torch.empty(len(h), len(w), dtype=h.dtype, device=h.device)  # gradient of the logits, of all tokens
         logits = torch.empty(piece, len(w), dtype=h.dtype, device=h.device)
         p = torch.empty(piece, len(w), dtype=torch.float32, device=h.device)
         loss = torch.zeros((), dtype=torch.float32, device=h.device)
@@ -196,7 +197,7 @@ class LinearLoss(torch.autograd.Function):
             p[rows, t] -= 1.
             g[i:i+piece] = p.mul_(scale)
         g[n:] = 0
-        dh = (g @ w)[:n]
+        dh = (g @ w)[:n]  # the two gradients that are wanted: dh, and dw below
         del p, w, logits
         dw = g.T @ h if ctx.needs_input_grad[1] else None  # a frozen head needs none, a third of the work
         ctx.weight = weight

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['turns', 'sft_config', 'check_optim', 'EpochOrder', 'rows_of_step', 'taken_in_turn', 'MicroBatches',
            'where_to_predict', 'StepCollator', 'on_device', 'token_losses', 'PackedLoss', 'row_sums',
-           'PackedSFTTrainer', 'LastEvaluation', 'SameWeights', 'shard_by_layer', 'make_trainer', 'Diverged',
-           'StopAtNaN', 'Rotate', 'Metrics', 'quiet', 'run_collator']
+           'PackedSFTTrainer', 'LastEvaluation', 'SameWeights', 'shard_by_layer', 'for_several', 'make_trainer',
+           'Diverged', 'StopAtNaN', 'Rotate', 'Metrics', 'quiet', 'run_collator']
 
 # %% ../nbs/07_trainer.ipynb #07-003
 import difflib
@@ -368,7 +368,9 @@ class PackedSFTTrainer(SFTTrainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 losses = self.model(**on_device(batch, self.args.device), each_token=True)
                 rows.append(row_sums(losses, batch))
-        in_order = [sums for batches in zip(*everyone(rows)) for sums in batches]
+        in_order = []
+        for batches in zip(*everyone(rows)):  # the processes had the batches in turn
+            in_order += batches
         loss, n, response_loss, n_response = torch.cat(in_order).sum(0).tolist()
         metrics = {f'{metric_key_prefix}_loss': loss/n,
                    f'{metric_key_prefix}_response_loss': response_loss/n_response if n_response else None}
@@ -405,6 +407,18 @@ def shard_by_layer(
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
 
+# %% ../nbs/07_trainer.ipynb #07-055-p1
+def for_several(
+    trainer:PackedSFTTrainer,  # changed in place
+)->None:
+    "What DDP and FSDP are told."
+    tail, cfg = trainer.model.tail, trainer.cfg
+    experts = any('.experts.' in name for name in tail.trains)  # those that no token was sent to have no gradient
+    trainer.accelerator.ddp_handler = SameWeights(init_sync=False, forward_sync_buffers=False,
+                                                  find_unused_parameters=experts or bool(cfg.rotate))
+    if wants('ACCELERATE_USE_FSDP'):
+        shard_by_layer(trainer)
+
 # %% ../nbs/07_trainer.ipynb #07-055
 def make_trainer(
     cfg:RunConfig,  # the run's options
@@ -427,16 +441,12 @@ def make_trainer(
     args = sft_config(cfg, n_rows, out, report_to, resumed=start > 0)
     if wants('ACCELERATE_USE_FSDP') and alone_on_cpu():  # accelerate keeps it for other devices, PyTorch does not
         PartialState().distributed_type = DistributedType.MULTI_GPU
-    experts = any('.experts.' in name for name in loss.tail.trains)  # those that no token was sent to have no gradient
     trainer = PackedSFTTrainer(loss, cfg, states, start, stream, args=args, train_dataset=train,
                                eval_dataset=test, processing_class=tokenizer,
                                callbacks=[LastEvaluation(), *callbacks])
     for cb in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(cb)
-    trainer.accelerator.ddp_handler = SameWeights(init_sync=False, forward_sync_buffers=False,
-                                                  find_unused_parameters=experts or bool(cfg.rotate))
-    if wants('ACCELERATE_USE_FSDP'):
-        shard_by_layer(trainer)
+    for_several(trainer)
     return trainer
 
 # %% ../nbs/07_trainer.ipynb #07-075

@@ -4,7 +4,8 @@ usage: python benchmarks/memory.py [--only REGEX] [--out FILE]
 
 Models of random weights are trained for two steps by `alpaca_ft.train` on rows of 1024 tokens. The kernel's mark of the
 most resident memory (VmHWM) is cleared before a step and read after its backward pass and after its update; the same
-for the evaluations. It is done twice: with malloc as it comes, and with `give_back_at_once`. Linux only.
+for the evaluations, and for the whole run, with loading, checks and saving. It is done twice: with malloc as it comes, and as it is where memory is short, when what was freed
+goes back at once (`give_back_at_once`). Linux only.
 """
 import argparse
 import json
@@ -83,8 +84,8 @@ def marks(peaks):
         "The kernel's high-water mark is read and taken back around each."
 
         def mark(self, what=None):
-            if what:
-                peaks[what] = max(peaks[what], status('VmHWM'))
+            for one in ('run', what) if what else ('run',):
+                peaks[one] = max(peaks[one], status('VmHWM'))
             Path('/proc/self/clear_refs').write_text('5')
 
         def on_train_begin(self, *args, **kw):
@@ -108,20 +109,21 @@ def marks(peaks):
 def child(options, given_back):
     "Train two steps; print what was predicted and what was measured."
     import alpaca_ft.run as runs
-    from alpaca_ft.memory import give_back_at_once, memory_plan
+    from alpaca_ft.memory import memory_plan
     from alpaca_ft.options import RunConfig
-    if given_back:
-        give_back_at_once()
-    peaks, kept, build = dict(step=0, evaluation=0), {}, runs.build_trainer
+    runs.is_short = lambda *_: given_back  # as it would be, if the machine had less memory
+    peaks, kept, build = dict(step=0, evaluation=0, run=0), {}, runs.build_trainer
 
     def before(run, *args, **kw):
         kept.update(runs.known(run), shape=run.shape, place=run.place, choice=run.choice)
         return build(run, *args, **kw)
 
     runs.build_trainer = before
-    run = runs.train(RunConfig(**options), [marks(peaks)])
+    callback = marks(peaks)
+    run = runs.train(RunConfig(**options), [callback])
+    callback.mark()
     sums, by = memory_plan(run.cfg, **kept)
-    predicted = dict(step=sums['a training step'], evaluation=sums['an evaluation'])
+    predicted = dict(step=sums['a training step'], evaluation=sums['an evaluation'], run=max(sums.values()))
     print('RESULT ' + json.dumps(dict(process=kept['process'], by=by, predicted=predicted, measured=peaks)))
 
 
@@ -159,7 +161,7 @@ def main():
                 continue
             for given_back in args.malloc:
                 r = measured(folder, model, options, given_back == 'given-back')
-                for what in ('step', 'evaluation'):
+                for what in ('step', 'evaluation', 'run'):
                     base, predicted, found = r['process'], r['predicted'][what], r['measured'][what]
                     off, off_alone = predicted/found - 1, (predicted - base)/(found - base) - 1
                     results.append(dict(model=model, settings=settings, options=options, what=what, malloc=given_back,

@@ -4,11 +4,11 @@ pass goes on where it stood."""
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
+import several
 import torch
 
 from alpaca_ft import Refused, RunConfig, train
@@ -166,21 +166,19 @@ def test_memory_and_cache(folder_of, rows, tmp_path, monkeypatch, capsys):
     assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
 
 
-CHILD = '''
-import sys, time
-from alpaca_ft import layers, prefix
-from alpaca_ft.run import train
-from alpaca_ft import RunConfig
-plain = layers.OnDisk.write
-def write(self, stage, row, out):
-    plain(self, stage, row, out)
-    if stage == 2 and row == self.pause: print('there', flush=True); time.sleep(60)
-layers.OnDisk.write, layers.OnDisk.pause = write, 17
-train(RunConfig(**eval(sys.argv[1])))
-'''
+def slow_at_a_row():
+    "In a child: a long rest in the middle of the second layer."
+    from alpaca_ft import layers
+    plain = layers.OnDisk.write
+    def write(self, stage, row, out):
+        plain(self, stage, row, out)
+        if stage == 2 and row == 17:
+            Path('there').touch()
+            time.sleep(60)
+    layers.OnDisk.write = write
 
 
-def test_killed(folder_of, rows, tmp_path, monkeypatch, capsys):
+def test_killed(folder_of, rows, here, tmp_path, monkeypatch, capsys):
     """Killed in the middle of a layer, resumed there; what a broken disk changed meanwhile is noticed, and all begins
     again."""
     folder, cache = folder_of('qwen3'), tmp_path/'cache'
@@ -189,14 +187,13 @@ def test_killed(folder_of, rows, tmp_path, monkeypatch, capsys):
     wanted = kept(tmp_path/'other')
     monkeypatch.setenv('ALPACA_FT_CACHE', str(cache))
     kw = options(folder, rows) | dict(out=str(tmp_path/'run'), layer_by_layer=True)
-    with subprocess.Popen(
-        [sys.executable, '-c', CHILD, repr(kw)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads())),
-    ) as child:
-        assert child.stdout.readline() == b'there\n'
-        child.send_signal(signal.SIGKILL)
+    def first():
+        slow_at_a_row()
+        train(RunConfig(**kw))
+    pid = several.fork(first, str(tmp_path/'log'))
+    several.until(Path('there').exists)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     [part] = (cache/'prefix').glob('*.layers')
     before = part.read_bytes()
     with open(part.with_suffix('.layers.jsonl'), 'a') as f:
@@ -289,3 +286,45 @@ def test_shard(tmp_path):
         torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in (old | new).items()
     )
     assert header(tmp_path/'new.safetensors')[1] % 8 == 0
+
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen3'])
+def test_gguf(kind, tokenizer, rows, tmp_path, monkeypatch, command):
+    """A quantised file, read a layer at a time, gives the states and losses of the model that transformers turns into
+    numbers as a whole."""
+    from copy import deepcopy
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from alpaca_ft.gguf_file import write_gguf
+    config, tokenizer = shape_of(kind), deepcopy(tokenizer)
+    tokenizer.add_special_tokens(dict(unk_token='<|endoftext|>'))  # transformers adds it to a file without one
+    config.vocab_size = len(tokenizer)
+    if kind == 'qwen3':
+        config.head_dim = 128  # transformers reads no other from a file
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    file = tmp_path / 'one.gguf'
+    write_gguf(tmp_path / kind, file, 'q8_0')
+    whole = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    whole.save_pretrained(tmp_path / 'whole')
+    AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name).save_pretrained(tmp_path / 'whole')
+    runs, states = {}, {}
+    for model, way in ((tmp_path / 'whole', False), (file, True)):
+        monkeypatch.setenv('ALPACA_FT_CACHE', str(tmp_path / f'cache{way}'))
+        runs[way] = train(
+            RunConfig(out=str(tmp_path / f'run{way}'), layer_by_layer=way, **options(model, rows, dtype='fp32'))
+        )
+        states[way] = kept(tmp_path / f'cache{way}')
+    assert len(shards(Path(runs[True].cfg.model))) == 5 and runs[True].large
+    assert list(states[True].values()) == list(states[False].values())
+    assert losses(runs[True]) == losses(runs[False])
+    a, b = (weights(tmp_path / f'run{way}' / 'model') for way in (False, True))
+    assert a.keys() == b.keys() and all(torch.equal(t, b[k]) for k, t in a.items())
+    file.write_bytes(file.read_bytes()[:200])
+    code, out, err = command('train', '--model', file, '--data', rows, '--out', tmp_path / 'no')
+    assert code == 2 and 'one.gguf: cannot be read' in err and len(err.splitlines()) == 2, err
+    assert not (tmp_path / 'no').exists() and not list((tmp_path / 'cacheTrue' / 'gguf').glob('*.part'))

@@ -184,8 +184,7 @@ sys.exit(main())
     assert metrics('whole') == metrics('again') and apart('whole', 'again') == 0
 
 
-# as accelerate launch says it
-FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP')
+FSDP = matrix.FSDP
 
 
 def count_parts(number):
