@@ -225,10 +225,11 @@ class Checkpoints(TrainerCallback):
             if (self.out/name).exists():
                 sync(self.out/name)
                 logs[name] = (self.out/name).stat().st_size
-        about = dict(step=self.trainer.state.global_step, tokens=self.trainer.tokens,
+        step, stream = self.trainer.state.global_step, self.trainer.stream
+        about = dict(step=step, tokens=self.trainer.tokens,
                      scheduler=self.trainer.lr_scheduler.state_dict(), lr=[g['lr'] for g in optimizer.param_groups],
                      losses=self.watch.past[-20:] if self.watch else [], logs=logs, random=rest,
-                     best=self.best.state() if self.best else None)
+                     best=self.best.state() if self.best else None, stream=stream and stream.places[step])
         (folder/'state.json').write_text(json.dumps(about), encoding='utf-8')
 
     def save(self, step):

@@ -37,6 +37,7 @@ from .model import Tail, compute_dtype, load_model, load_tokenizer
 from .options import RunConfig
 from .prompts import prompt_ids, same_template, tokenize
 from .sampling import fit_prompt, generate_all, printable, visible
+from .stream import open_stream
 from .trainer import PackedLoss, StepCollator, on_device, quiet, row_sums
 
 # %% ../nbs/08_evaluate.ipynb #08-009
@@ -88,12 +89,14 @@ def held_out(
         return ds['test' if 'test' in ds else 'train']
     if not config:
         return split_alpaca(load_alpaca()['train'])['test']
-    rows = load_rows(run_options(config))[0]
+    options = run_options(config)
+    rows = open_stream(options) if options.stream else load_rows(options)[0]
     was = (config.get('manifest') or {}).get('data')
-    if was and rows_digest(rows['train'], rows['test']) != was:
+    now = rows.identity() if options.stream else rows_digest(rows['train'], rows['test'])
+    if was and now != was:
         raise Refused(f"{config['data']}: the rows are not those of the run any more, so some that it was trained on "
                       'could be among those held back; give rows that it has not seen as --data')
-    return rows['test']
+    return rows.test if options.stream else rows['test']
 
 # %% ../nbs/08_evaluate.ipynb #08-n01
 def summed_losses(

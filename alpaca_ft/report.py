@@ -169,7 +169,9 @@ def facts(
     if p.get('trainable'):
         out.append(('trained', f"{p['trainable']/1e6:,.2f}M of {p['parameters']/1e6:,.2f}M"))
     if p.get('train'):
-        out.append(('rows', f"{p['train']['examples']:,}, packed into {p['train']['rows']:,}"))
+        counted = (p.get('stream') or {}).get('counted', True)
+        name = 'rows' if counted else 'rows of the first window'
+        out.append((name, f"{p['train']['examples']:,}, packed into {p['train']['rows']:,}"))
     return out
 
 # %% ../nbs/15_report.ipynb #15-034
@@ -286,8 +288,9 @@ def preflight_lines(
     "The preflight as a person reads it."
     r, lines = report, data_lines(report)
     if 'steps' in r:
-        lines.append(f"steps     {r['steps']:,} ({r['steps_per_epoch']:,} an epoch), {r['warmup_steps']} of them "
-                     f"warm-up, evaluation every {r['eval_every']:,}")
+        epoch = f" ({r['steps_per_epoch']:,} an epoch)" if r['steps_per_epoch'] else ''  # not known of a stream
+        lines.append(f"steps     {r['steps']:,}{epoch}, {r['warmup_steps']} of them warm-up, evaluation every "
+                     f"{r['eval_every']:,}")
     lines.append(f"model     {r['parameters']/1e6:,.2f}M parameters, {r['trainable']/1e6:,.2f}M trained")
     if r.get('trains'):
         lines.append(f"trains    {r['trains']}")

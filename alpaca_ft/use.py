@@ -395,8 +395,10 @@ def data_of(
     about = f"`{config['data']}`"
     if data:
         digest = (config.get('manifest') or {}).get('data', '?')
-        about += (f": {data['examples']:,} rows, {data['tokens']:,} tokens; sha256 of these and the held-out rows "
-                  f'begins with {digest}.')
+        much = f"{data['examples']:,} rows, {data['tokens']:,} tokens"
+        if not (r['preflight'].get('stream') or {}).get('counted', True):
+            much = f"read as a stream for {r['preflight']['steps']:,} steps"
+        about += f': {much}; sha256 of these and the held-out rows begins with {digest}.'
     return about
 
 # %% ../nbs/17_use.ipynb #17-059
