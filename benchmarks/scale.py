@@ -1,6 +1,6 @@
 """Two processes against one on the same two cores, and what a shared file of kept states saves.
 
-usage: scale.py [--rounds 3] [--steps 12] [--rows 200] [--model demo] [--out FILE.json]
+usage: scale.py [--rounds 3] [--steps 8] [--rows 120] [--model demo] [--out FILE.json]
 
 Commands as a user types them, one after another, in turns. A ratio is taken within a round, for others may load the
 machine in one round more than in the next; the table says how many cores they took.
@@ -130,8 +130,8 @@ def main():
     "Measure, print and write."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--steps', type=int, default=12, help=f'optimizer steps of a run, the first {WARM} not counted')
-    parser.add_argument('--rows', type=int, default=200, help='of the built-in rows, for the second table')
+    parser.add_argument('--steps', type=int, default=8, help=f'optimizer steps of a run, the first {WARM} not counted')
+    parser.add_argument('--rows', type=int, default=120, help='of the built-in rows, for the second table')
     parser.add_argument('--model', default='demo')
     parser.add_argument('--n-freeze', default='24')
     parser.add_argument('--seq-len', default='1024')

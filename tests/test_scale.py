@@ -150,7 +150,7 @@ def test_killed_while_states_are_computed(argv):
     codes, logs = several.run(2, argv('next', *more))
     good(codes, logs)
     assert 'frozen layers, once' in logs[0] and 'from an earlier run' not in logs[0]
-    assert [path.suffix for path in sorted(Path('cache/prefix').iterdir())] == ['.bin', '.json', '.lock']
+    assert sorted(path.suffix for path in Path('cache/prefix').iterdir()) == ['.bin', '.json', '.lock']
     good(*several.run(2, argv('off', *more, '--prefix-cache', 'off')))
     assert furthest('off', 'next') < 1e-5
 
