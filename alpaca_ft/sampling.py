@@ -205,7 +205,7 @@ def row_documents(
     for n in row['seq_lengths']:
         ids, mask = row['input_ids'][start:start + n], row['completion_mask'][start:start + n]
         learnt = [i > 0 and (loss_on == 'all' or m == 1) for i, m in enumerate(mask)]  # nothing predicts the first
-        last = max((i for i, m in enumerate(mask) if m), default=None)
+        last = max((i for i, m in enumerate(mask) if m), default=None)  # the end of the response
         ends = 'nothing' if last is None else repr(tokenizer.decode(ids[last]))
         if last is not None and ids[last] not in tokenizer.all_special_ids:
             ends += ', no special token: cut'
