@@ -13,6 +13,7 @@ __all__ = ['LOCK', 'NOT_BEGUN', 'Run', 'train', 'check_out', 'make_folder', 'run
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
+import math
 import shutil
 import sys
 import time
@@ -33,11 +34,10 @@ from .files import read_config_file, write_whole
 from .layers import (Large, as_folder, large_model, save_by_shard, shards, state_kind, states_by_layer,
                               try_saving_about)
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
-from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, at_work, has_adapter, load_model,
-                    load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
+from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, _load, apply_choice, at_work, has_adapter,
+                    load_model, load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
 from .memory import (GiveBack, as_bytes, at_work_already, bytes_of, counted_advice, fit_lines, fitting,
                               give_back_at_once, is_short, memory_table, planned, twin)
-from .model import _load
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
 from .prefix import (WholeModel, decide, give_back_memory, packed_lengths, states_in_memory, states_on_disk,
@@ -169,6 +169,7 @@ def run_folder(
     "Take a folder before any work, and give it back as it was where the run is refused."
     from filelock import FileLock, Timeout
     check_out(cfg)
+    # folders above it that are there already: they stay
     there = [p for p in (Path('runs'), *(reversed(Path(cfg.out).parents) if cfg.out else ())) if p.exists()]
     existed = bool(cfg.out) and Path(cfg.out).exists()
     out = make_folder(cfg)
@@ -480,7 +481,7 @@ def decide_states(
     if why:
         r['prefix_says'] = f'computed each time ({why})'
         return
-    evaluations = -(-r['steps']//r['eval_every']) + 1
+    evaluations = math.ceil(r['steps']/r['eval_every']) + 1
     passes = r['steps']*cfg.batch_size + evaluations*len(run.test)
     rows = len(run.train) + len(run.test)
     if cfg.prefix_cache == 'auto' and passes <= rows:

@@ -4,8 +4,8 @@ usage: python benchmarks/memory.py [--only REGEX] [--out FILE]
 
 Models of random weights are trained for two steps by `alpaca_ft.train` on rows of 1024 tokens. The kernel's mark of the
 most resident memory (VmHWM) is cleared before a step and read after its backward pass and after its update; the same
-for the evaluations, and for the whole run, with loading, checks and saving. It is done twice: with malloc as it comes, and as it is where memory is short, when what was freed
-goes back at once (`give_back_at_once`). Linux only.
+for the evaluations, and for the whole run, with loading, checks and saving. It is done twice: with malloc as it comes,
+and as it is where memory is short, when what was freed goes back at once (`give_back_at_once`). Linux only.
 """
 import argparse
 import json
