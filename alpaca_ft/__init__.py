@@ -20,6 +20,7 @@ _modules = dict(
     gguf_file='write_gguf modelfile',
     sampling='generate generate_all generation_config LLMSampleCB fit_prompt printable visible as_found before_after',
     trainer='sft_config make_trainer token_losses PackedLoss PackedSFTTrainer Diverged quiet',
+    stream='RowStream PackedStream open_stream',
     evaluate='evaluate find_model interval judge repetition',
     prefix='States WholeModel drops_out',
     speed='Step choose_step document_attention linear_loss',

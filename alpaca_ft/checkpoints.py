@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOGS', 'write_checkpoint', 'remove_checkpoint', 'checkpoints', 'tidy', 'damage', 'last_complete', 'random_states',
            'set_random_states', 'Stopped', 'resume_command', 'read_state', 'Checkpoints', 'cut_logs', 'shorter_log',
-           'best_folder', 'refers_to', 'lost', 'Best', 'Failed', 'out_of_memory', 'gib', 'memory_advice',
-           'disk_trouble', 'explained']
+           'best_folder', 'refers_to', 'lost', 'Best', 'Failed', 'out_of_memory', 'gib', 'fewer_layers',
+           'memory_advice', 'disk_trouble', 'explained']
 
 # %% ../nbs/12_checkpoints.ipynb #12-003
 import errno
@@ -199,14 +199,20 @@ class Checkpoints(TrainerCallback):
         return self.trainer.model.tail.trained()
 
     def tensors(self):
-        "What trains, and what the optimizer has on it; put together where it is spread over processes."
+        "What trains, and what the optimizer has on it, for the first process; put together where it is spread."
         weights, moments = {}, {}
         for k, p in self.trained().items():
-            weights[k] = gathered(p.detach()).cpu().contiguous()
+            self.put(weights, k, p.detach())
             for name, t in self.trainer.optimizer.state[p].items():
                 if t is not None:
-                    moments[f'{k}|{name}'] = gathered(torch.as_tensor(t)).cpu().contiguous()
+                    self.put(moments, f'{k}|{name}', torch.as_tensor(t))
         return weights, moments
+
+    def put(self, tensors, name, tensor):
+        "All of a tensor, into the memory of the process that writes: the others only give their part."
+        whole = gathered(tensor)
+        if is_first():
+            tensors[name] = whole.cpu().contiguous()
 
     def write(self, folder, weights, tensors):
         "All files of a checkpoint."
@@ -219,10 +225,11 @@ class Checkpoints(TrainerCallback):
             if (self.out/name).exists():
                 sync(self.out/name)
                 logs[name] = (self.out/name).stat().st_size
-        about = dict(step=self.trainer.state.global_step, tokens=self.trainer.tokens,
+        step, stream = self.trainer.state.global_step, self.trainer.stream
+        about = dict(step=step, tokens=self.trainer.tokens,
                      scheduler=self.trainer.lr_scheduler.state_dict(), lr=[g['lr'] for g in optimizer.param_groups],
                      losses=self.watch.past[-20:] if self.watch else [], logs=logs, random=rest,
-                     best=self.best.state() if self.best else None)
+                     best=self.best.state() if self.best else None, stream=stream and stream.places[step])
         (folder/'state.json').write_text(json.dumps(about), encoding='utf-8')
 
     def save(self, step):
@@ -505,6 +512,26 @@ def gib(
     "Bytes as a person reads them."
     return f'{n/2**30:.1f} GiB' if n >= 2**28 else f'{n/2**20:.1f} MiB'
 
+# %% ../nbs/12_checkpoints.ipynb #12-086-p1
+def fewer_layers(
+    model,  # after `freeze`
+    total,  # function that estimates a run's bytes
+)->list:  # one (bytes, flag, remark), or none where no layer trains
+    "What half of the trained layers less would take."
+    layers, first = decoder_layers(model), first_in_graph(model)
+    more = first + math.ceil((len(layers) - first)/2)
+    half = [p for layer in layers[first:more] for p in layer.parameters() if p.requires_grad]
+    if not half:
+        return []
+    size = next((p.element_size() for p in model.parameters() if not p.requires_grad), 4)  # of a frozen weight
+    for p in half:
+        p.requires_grad = False
+    less = sum(p.numel()*(p.element_size() - size) for p in half)
+    found = [(total() - less, f'--n-freeze {more}', '')]
+    for p in half:
+        p.requires_grad = True
+    return found
+
 # %% ../nbs/12_checkpoints.ipynb #12-086
 def memory_advice(
     cfg:RunConfig,  # the options
@@ -523,17 +550,8 @@ def memory_advice(
         found.append((total(again=True), '--activation-checkpointing', '; slower, same result'))
     if cfg.seq_len >= 16:
         found.append((total(seq_len=cfg.seq_len//2), f'--seq-len {cfg.seq_len//2}', ''))
-    layers, first = decoder_layers(model), first_in_graph(model)
-    more = first + math.ceil((len(layers) - first)/2)
-    half = [p for layer in layers[first:more] for p in layer.parameters() if p.requires_grad]
-    if half and not cfg.layers and cfg.method != 'full':
-        size = next((p.element_size() for p in model.parameters() if not p.requires_grad), 4)  # of a frozen weight
-        for p in half:
-            p.requires_grad = False
-        less = sum(p.numel()*(p.element_size() - size) for p in half)
-        found.append((total() - less, f'--n-freeze {more}', ''))
-        for p in half:
-            p.requires_grad = True
+    if not cfg.layers and cfg.method != 'full':
+        found += fewer_layers(model, total)
     best = [f'{flag} ({gib(now - t)} less{why})' for t, flag, why in sorted(found)[:3] if t < now]
     return f'this run takes about {gib(now)}; what helps most: {", ".join(best)}'
 

@@ -38,6 +38,7 @@ def fingerprint(
     "An exact answer as a hash; the same answer to another exercise has another."
     return hashlib.sha256(f'{exercise}:{json.dumps(plain(answer))}'.encode()).hexdigest()[:12]
 
+# %% ../nbs/a9_checks.ipynb #a9-009-s1
 @dataclass
 class Near:
     "A number, and how far from it an answer may be."
@@ -113,6 +114,10 @@ EXERCISES |= {
     '04-3': Exercise('the five numbers in a list, None where there is none', '4f20d3f2c902',
                      'State 0 is what the embedding puts out.',
                      'A tied head that trains is an embedding that trains.'),
+}
+
+# %% ../nbs/a9_checks.ipynb #a9-x6
+EXERCISES |= {
     '05-1': Exercise('the ratio', Near(175.5, 1.0),
                      'A token weighs one over the number that its micro-batch is divided by.',
                      'Count the labels of both rows; EOS has one.'),
@@ -162,6 +167,82 @@ EXERCISES |= {
                      'Which of the layers in front of the cut have moved?'),
     '09-3': Exercise('gigabytes, as a whole number', 'cde36c569f46',
                      'Two bytes for each number of a state.'),
+}
+
+# %% ../nbs/a9_checks.ipynb #a9-x2
+EXERCISES |= {
+    '11-1': Exercise('the share with rows of 1,024 tokens, over the share with rows of 512', Near(0.52, 0.06),
+                     'The documents stay as long as they are, so their scores grow with the number of tokens.',
+                     'The scores of a row grow with its square.'),
+    '11-2': Exercise('True if a factor on the hidden states can stand for a cap with `tanh`', 'c5c0bc75dec9',
+                     'A factor on the hidden states is a factor on each logit.',
+                     'What does the cap make of a logit, after the product?'),
+    '11-3': Exercise('which positions move with the right lengths, if token 1 of a document of 4 changes: a list',
+                     '6df3aab4e5cd',
+                     'A causal token sees itself and what stands before it.',
+                     'Where does its document end?'),
+    '12-1': Exercise('the file whose absence gives the half checkpoint away', '094c5281c56a',
+                     'What does your version write last?'),
+    '12-2': Exercise('what takes most of the memory: a key of `memory_estimate`', 'b4f04d4406d6',
+                     'How large is the vocabulary, beside a tiny model?',
+                     'It grows with the length of a row, and freezing does not touch it.'),
+    '12-3': Exercise('the names that are left, if step 2 was saved before: a list', 'cce142eaa4ce',
+                     'What happens to a `.part` when its writing raises an error?'),
+    '12-4': Exercise('the names that are left after each kill, if step 2 was saved before: two lists', '95a749932a40',
+                     'No `except` clause runs after SIGKILL.',
+                     'Under which name is a checkpoint written, and when does it get its own?'),
+}
+
+# %% ../nbs/a9_checks.ipynb #a9-x4
+EXERCISES |= {
+    '13-1': Exercise('the mode for `online`, for `dryrun` and without the variable: a list', '0eb71922f4d0',
+                     'What somebody asks for by name is not checked.',
+                     'A mode that W&B does not know is read as `offline`.'),
+    '13-2': Exercise('True if a server that answers 403 counts as alive', '359d855383ef',
+                     'From which number on does an answer count as none?'),
+    '13-3': Exercise('the number', 'a344cc420012',
+                     'The evaluation before the first step takes number 0.',
+                     'How many evaluations come before step 6 is logged?'),
+    '15-1': Exercise('the height', Near(8.615, 0.01),
+                     'A curve has at most 400 points. How many steps does a point stand for?',
+                     'One step of 100 and twelve of 1.'),
+    '15-2': Exercise('what has to be added: a name', 'fcea41ac51f3',
+                     'What is written last in a run?'),
+    '15-3': Exercise('True if the hash still matches after one character was added', '03a311cca71e',
+                     'Compute it with `hashlib.sha256`.'),
+    '17-1': Exercise('how many EOS tokens `turn_ids` makes, and how many the tokenizer: a list', 'c18c0fe2d5c0',
+                     'Special tokens that somebody types stay text.',
+                     'In which of the two?'),
+    '17-2': Exercise('the number of EOS tokens', 'ed03e3f211cb',
+                     'Every answer ends with one. How many answers stand before the second?'),
+    '17-3': Exercise('the largest relative error', Near(0.0039, 0.0002),
+                     'How far apart are neighbouring numbers of 8 significant bits, relative to their size?',
+                     'Rounding to the nearest is wrong by half of that at most.'),
+}
+
+# %% ../nbs/a9_checks.ipynb #a9-x8
+EXERCISES |= {
+    '14-1': Exercise('the micro-batches of the first process: a list of lists of rows', '59e7a64e89aa',
+                     'How many micro-batches has a step?',
+                     'They are dealt out like cards.'),
+    '14-2': Exercise('the step of the checkpoint, if the evaluation comes after step 8', 'f109ac47c708',
+                     'A signal is only noted when it comes.',
+                     'When do the four ask each other?'),
+    '16-1': Exercise('how many parameters are named', '704afd1f8da6',
+                     'The loss does not see what comes before the detached output.',
+                     'Which of these layers should train?'),
+    '16-2': Exercise('what changes in the four cases: four lists of entries', 'f6e5401b024a',
+                     'What is packed is made of the rows, in their order.',
+                     'Do rows or files depend on `n_freeze`?'),
+    '16-3': Exercise('the step, the step of the checkpoint, and the number of lines: a list', '4b759dbc516a',
+                     'A checkpoint is written between two steps.',
+                     'Is 10 a multiple of 4? The logs are cut back to the checkpoint.'),
+    '18-2': Exercise('who notices: a list of four, of `argparse` and `RunConfig`', '949e4602e508',
+                     'argparse knows the names of all options, and the presets.',
+                     'A value is a text to it.'),
+    '18-3': Exercise('learning rate, batch size, `seq_len` and `freeze_embed`: a list', 'b2e508e05b44',
+                     'What is typed overrides the file.',
+                     'The file overrides the preset.'),
 }
 
 # %% ../nbs/a9_checks.ipynb #a9-018

@@ -6,10 +6,10 @@
 __all__ = ['NEUTRAL', 'LEAST', 'FEW', 'MEASURES', 'INTERVALS', 'JUDGE', 'KEYS', 'READERS', 'PAGE', 'find_model', 'run_options',
            'load_rows', 'held_out', 'summed_losses', 'row_losses', 'neutral_losses', 'repetition', 'answer_rows',
            'measure', 'sums_and_counts', 't_value', 'interval', 'share_interval', 'median_interval', 'values_of',
-           'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines', 'noise', 'spread_lines',
-           'NoRedirect', 'host_of', 'judge_headers', 'ask_judge', 'ask_once', 'judge', 'local_files', 'read_task',
-           'check_tasks', 'run_tasks', 'evaluation_page', 'side_by_side', 'judge_pairs', 'who', 'common_rows',
-           'write_results', 'summary', 'write_each', 'judge_line', 'evaluate']
+           'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines', 'noise', 'spread_lines', 'ask_judge',
+           'ask_once', 'judge', 'local_files', 'read_task', 'check_tasks', 'run_tasks', 'evaluation_page',
+           'side_by_side', 'judge_pairs', 'who', 'common_rows', 'write_results', 'notes', 'summary', 'write_each',
+           'judge_line', 'check_judge', 'heads', 'measure_each', 'evaluate', 'NoRedirect', 'host_of', 'judge_headers']
 
 # %% ../nbs/08_evaluate.ipynb #08-003
 import hashlib
@@ -37,6 +37,7 @@ from .model import Tail, compute_dtype, load_model, load_tokenizer
 from .options import RunConfig
 from .prompts import prompt_ids, same_template, tokenize
 from .sampling import fit_prompt, generate_all, printable, visible
+from .stream import open_stream
 from .trainer import PackedLoss, StepCollator, on_device, quiet, row_sums
 
 # %% ../nbs/08_evaluate.ipynb #08-009
@@ -88,12 +89,14 @@ def held_out(
         return ds['test' if 'test' in ds else 'train']
     if not config:
         return split_alpaca(load_alpaca()['train'])['test']
-    rows = load_rows(run_options(config))[0]
+    options = run_options(config)
+    rows = open_stream(options) if options.stream else load_rows(options)[0]
     was = (config.get('manifest') or {}).get('data')
-    if was and rows_digest(rows['train'], rows['test']) != was:
+    now = rows.identity() if options.stream else rows_digest(rows['train'], rows['test'])
+    if was and now != was:
         raise Refused(f"{config['data']}: the rows are not those of the run any more, so some that it was trained on "
                       'could be among those held back; give rows that it has not seen as --data')
-    return rows['test']
+    return rows.test if options.stream else rows['test']
 
 # %% ../nbs/08_evaluate.ipynb #08-n01
 def summed_losses(
@@ -416,49 +419,16 @@ Answer B:
 
 Reply with one character: A, B, or T for a tie.'''  # what the judge is asked
 
-# %% ../nbs/08_evaluate.ipynb #08-058
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    "A server that sends the question elsewhere is not followed: the key would go along."
-    def redirect_request(self, *args, **kw):
-        return None
+# %% ../nbs/08_evaluate.ipynb #08-059-p2
+def _opener():
+    "What sends a question: it follows no redirection, and shows a proxy nothing that it could read."
+    proxies = {k: v for k, v in urllib.request.getproxies().items() if k == 'https'}
+    return urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
 
-# %% ../nbs/08_evaluate.ipynb #08-n70
-def host_of(
-    url:str,  # an address
-)->tuple:  # (scheme, host, port)
-    "Who is asked under an address; raises `Refused` where it is none, or holds more than an address."
-    try:
-        parts = urlsplit(url)
-        found = parts.scheme, parts.hostname, parts.port or dict(http=80, https=443).get(parts.scheme)
-    except ValueError:
-        found = None, None, None
-    if found[0] not in ('http', 'https') or not found[1]:
-        raise Refused('--judge-url is no address of a server; give one such as http://127.0.0.1:8000/v1')
-    if '@' in parts.netloc or parts.query or parts.fragment:
-        raise Refused(f'--judge-url of {found[1]} has a name, a password or a query in it; put the key into '
-                      'OPENAI_API_KEY, and give the address alone')
-    return found
-
-# %% ../nbs/08_evaluate.ipynb #08-n71
-def judge_headers(
-    url:str,  # of the judge
-)->dict:  # headers of a question
-    "The headers, with the key of OPENAI_API_KEY where it stays with the server that it is for."
-    scheme, host, _ = host_of(url)
-    headers = {'Content-Type': 'application/json'}
-    key, home = os.environ.get('OPENAI_API_KEY', '').strip(), os.environ.get('OPENAI_BASE_URL', '').strip()
-    if not key or home and urlsplit(home).netloc != urlsplit(url).netloc:
-        return headers
-    if not (key.isascii() and key.isprintable()):
-        raise Refused('OPENAI_API_KEY has characters that no key has; set it again')
-    try:
-        here = host == 'localhost' or ip_address(host).is_loopback
-    except ValueError:
-        here = False
-    if scheme == 'http' and not here:
-        raise Refused(f'--judge-url: http would send the key of OPENAI_API_KEY to {host} unencrypted; give an https '
-                      'address, or unset the key if this judge needs none')
-    return headers | {'Authorization': f'Bearer {key}'}
+def _letter(said):
+    "The verdict in what a judge said; a tie where there is none."
+    found = re.search(r'\b[ABT]\b', said or '', re.I)
+    return found[0].upper() if found else 'T'
 
 # %% ../nbs/08_evaluate.ipynb #08-059
 def ask_judge(
@@ -470,16 +440,14 @@ def ask_judge(
     "One question to the judge; raises `Refused`."
     headers = judge_headers(url)
     question = dict(model=model, temperature=0, max_tokens=8, messages=[dict(role='user', content=text)])
-    proxies = {k: v for k, v in urllib.request.getproxies().items() if k == 'https'}
-    opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
+    opener = _opener()
     for i in range(tries):
         try:
             request = urllib.request.Request(url.rstrip('/') + '/chat/completions', json.dumps(question).encode(),
                                              headers)
             with opener.open(request, timeout=60) as reply:
                 said = json.load(reply)['choices'][0]['message']['content']
-            found = re.search(r'\b[ABT]\b', said or '', re.I)
-            return found[0].upper() if found else 'T'
+            return _letter(said)
         except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
             why, code = ' '.join(str(e).split())[:160] or type(e).__name__, getattr(e, 'code', 500)
             if code < 500 and code != 429:
@@ -589,6 +557,21 @@ def check_tasks(
                               f"{', '.join(sorted(METRIC_REGISTRY))}")
     return tasks
 
+# %% ../nbs/08_evaluate.ipynb #08-n80-p2
+def _numbers(rows):
+    "The values of a measure row by row; None where some are no numbers."
+    if all(isinstance(v, (bool, int, float, np.number)) for v in rows):
+        return [float(v) for v in rows]
+    return None
+
+def _loaded(tasks):
+    "Tasks as lm-eval has them, with the same examples for every model."
+    from lm_eval.tasks import TaskManager
+    loaded = TaskManager(include_defaults=False).load(json.loads(json.dumps(tasks)))
+    for task in loaded['tasks'].values():
+        task.set_fewshot_seed(seed=0)
+    return loaded
+
 # %% ../nbs/08_evaluate.ipynb #08-n80
 def run_tasks(
     tasks:list,  # see `read_task`
@@ -602,10 +585,7 @@ def run_tasks(
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # to read a local file it would tell a server that it does
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    loaded = TaskManager(include_defaults=False).load(json.loads(json.dumps(tasks)))
-    for task in loaded['tasks'].values():
-        task.set_fewshot_seed(seed=0)  # the same examples for every model
+    loaded = _loaded(tasks)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
     found, out = evaluator.evaluate(lm, loaded, bootstrap_iters=0), {}
     for name, results in found['results'].items():
@@ -613,10 +593,9 @@ def run_tasks(
             metric, _, how = key.partition(',')
             if not how or metric.endswith('stderr'):
                 continue
-            rows = [s.get(metric) for s in found['samples'][name] if s['filter'] == how]
-            plain = all(isinstance(v, (bool, int, float, np.number)) for v in rows)
             label = f'{name} {metric}' + ('' if how == 'none' else f' {how}')
-            out[label] = [float(v) for v in (rows if plain else [value])]
+            by_row = _numbers([s.get(metric) for s in found['samples'][name] if s['filter'] == how])
+            out[label] = [float(value)] if by_row is None else by_row
     return out
 
 # %% ../nbs/08_evaluate.ipynb #08-075
@@ -739,6 +718,24 @@ def write_results(
     write_whole(folder/'evaluation.json', json.dumps(result, indent=1))
     write_whole(folder/'evaluation.html', evaluation_page(result['models'], '\n'.join(said), side))
 
+# %% ../nbs/08_evaluate.ipynb #08-n90-p2
+def notes(
+    each:dict,  # see `summary`
+    other:str,  # name of the model that the runs are compared with, or None
+    rows:int,  # that were held back
+    counted:int,  # those in the losses
+)->list:  # lines of text
+    "What a reader of the comparison has to know."
+    said = []
+    if counted < rows:
+        said.append(f'{rows - counted} rows have no room for a response and are in no loss')
+    if other and LEAST <= counted < FEW:
+        said.append(f'fewer than {FEW} rows: if a few of them differ much from the rest, the intervals')
+        said.append('of the losses miss one time in ten, not one in twenty')
+    if len({m['vocabulary'] for m in each.values()}) > 1:
+        said.append('the tokenizers differ, so losses count different tokens and are not compared')
+    return said
+
 # %% ../nbs/08_evaluate.ipynb #08-n90
 def summary(
     each:dict,  # what `measure` says of each model, by its name: the runs, then the other one
@@ -758,13 +755,7 @@ def summary(
         said.append(f"{'  of the references':30}{np.median(first['references']):8.1f}")
     if len(runs) > 1:
         said += spread_lines(lines)
-    if len(first['losses']) < len(rows):
-        said.append(f"{len(rows) - len(first['losses'])} rows have no room for a response and are in no loss")
-    if other and LEAST <= len(first['losses']) < FEW:
-        said.append(f'fewer than {FEW} rows: if a few of them differ much from the rest, the intervals')
-        said.append('of the losses miss one time in ten, not one in twenty')
-    if len({m['vocabulary'] for m in each.values()}) > 1:
-        said.append('the tokenizers differ, so losses count different tokens and are not compared')
+    said += notes(each, other, len(rows), len(first['losses']))
     result = dict(models=list(each), rows=len(rows), answered=n, measures=lines, references=first['references'])
     return result | about, said
 
@@ -792,6 +783,48 @@ def judge_line(
     return (f"judge {model}: {v['wins']} better, {v['ties']} ties, {v['losses']} worse; "
             f"share {v['share']:.2f} ({sure}){noise(v)}")
 
+# %% ../nbs/08_evaluate.ipynb #08-083-p1
+def check_judge(
+    url:str,  # of the judge; None: there is none
+    runs:list,  # names
+    other:str,  # name of the model that they are compared with, or None
+    n_samples:int,  # rows answered; None: all
+)->None:
+    "Refuse a judge that has no two answers to compare, or that would be sent a key in the open."
+    if url is None:
+        return
+    if other is None or len(runs) > 1 or n_samples == 0:
+        raise Refused('a judge compares the answers of two models; give one run, name the other model with --against, '
+                      'and let rows be answered')
+    judge_headers(url)
+
+# %% ../nbs/08_evaluate.ipynb #08-083-p3
+def heads(
+    configs:list,  # of the runs
+    other:str,  # name of the model that they are compared with, or None
+)->tuple:  # of the two columns
+    "What the columns of a comparison are called: `before` and `after` where the runs started from the other model."
+    trained = all(config.get('model') == other for config in configs)
+    return ('before', 'after') if trained else ('against', 'model')
+
+# %% ../nbs/08_evaluate.ipynb #08-083-p3-s1
+def measure_each(
+    models:dict,  # name: what `load_model` takes; the runs first
+    configs:list,  # of the runs
+    rows,  # Dataset of rows
+    n_samples:int,  # see `evaluate`
+    max_new_tokens:int,  # see `evaluate`
+    trust_remote_code:bool,  # see `evaluate`
+    tasks:list,  # see `check_tasks`
+)->dict:  # what `measure` says of each model, by its name
+    "Measure the models one after another, in the template of the first."
+    seq_len = max(config.get('seq_len', 1024) for config in configs)
+    trust = trust_remote_code or any(config.get('trust_remote_code') for config in configs)
+    like, each = next(iter(models.values())), {}
+    for name, model in models.items():
+        each[name] = measure(model, rows, seq_len, n_samples, max_new_tokens, trust, tasks, like)
+    return each
+
 # %% ../nbs/08_evaluate.ipynb #08-083
 def evaluate(
     runs,  # a run folder, a model folder, `demo` or a hub id; or a list of them
@@ -808,28 +841,62 @@ def evaluate(
     "Measure a run before and after training, or several, and leave the answers side by side."
     runs = list(dict.fromkeys([str(runs)] if isinstance(runs, (str, Path)) else map(str, runs)))
     models, configs, other = who(runs, against)
-    if judge_url and (other is None or len(runs) > 1 or n_samples == 0):
-        raise Refused('a judge compares the answers of two models; give one run, name the other model with --against, '
-                      'and let rows be answered')
-    if judge_url:
-        judge_headers(judge_url)
+    check_judge(judge_url, runs, other, n_samples)
     todo, rows = check_tasks(tasks or []), common_rows(runs, configs, data)
-    seq_len = max(config.get('seq_len', 1024) for config in configs)
-    trust = trust_remote_code or any(config.get('trust_remote_code') for config in configs)
-    like = models[runs[0]]
-    each = {name: measure(m, rows, seq_len, n_samples, max_new_tokens, trust, todo, like) for name, m in models.items()}
-    trained = all(config.get('model') == other for config in configs)
-    about = dict(heads=('before', 'after') if trained else ('against', 'model'), max_new_tokens=max_new_tokens,
-                 data=data or configs[0].get('data'))
+    each = measure_each(models, configs, rows, n_samples, max_new_tokens, trust_remote_code, todo)
+    about = dict(heads=heads(configs, other), max_new_tokens=max_new_tokens, data=data or configs[0].get('data'))
     folder = Path(to or (runs[0] if len(runs) == 1 and configs[0] else 'evaluation'))
     result, said = summary(each, other, about, rows)
     side = side_by_side(rows, list(each), list(each.values()))
     if judge_url:
         folder.mkdir(parents=True, exist_ok=True)
-        pairs = judge_pairs(side, list(each.values()))
-        result['judge'] = judge(pairs, judge_url, judge_model, folder/'judge.jsonl')
+        result['judge'] = judge(judge_pairs(side, list(each.values())), judge_url, judge_model, folder/'judge.jsonl')
         said.append(judge_line(judge_model, result['judge']))
     write_results(folder, result, said, side)
     if len(runs) > 1:
         write_each(each, other, about, rows, [run for run, config in zip(runs, configs) if config])
     return '\n'.join([*said, f'side by side in {folder}/evaluation.html'])
+
+# %% ../nbs/08_evaluate.ipynb #08-058
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    "A server that sends the question elsewhere is not followed: the key would go along."
+    def redirect_request(self, *args, **kw):
+        return None
+
+# %% ../nbs/08_evaluate.ipynb #08-n70
+def host_of(
+    url:str,  # an address
+)->tuple:  # (scheme, host, port)
+    "Who is asked under an address; raises `Refused` where it is none, or holds more than an address."
+    try:
+        parts = urlsplit(url)
+        found = parts.scheme, parts.hostname, parts.port or dict(http=80, https=443).get(parts.scheme)
+    except ValueError:
+        found = None, None, None
+    if found[0] not in ('http', 'https') or not found[1]:
+        raise Refused('--judge-url is no address of a server; give one such as http://127.0.0.1:8000/v1')
+    if '@' in parts.netloc or parts.query or parts.fragment:
+        raise Refused(f'--judge-url of {found[1]} has a name, a password or a query in it; put the key into '
+                      'OPENAI_API_KEY, and give the address alone')
+    return found
+
+# %% ../nbs/08_evaluate.ipynb #08-n71
+def judge_headers(
+    url:str,  # of the judge
+)->dict:  # headers of a question
+    "The headers, with the key of OPENAI_API_KEY where it stays with the server that it is for."
+    scheme, host, _ = host_of(url)
+    headers = {'Content-Type': 'application/json'}
+    key, home = os.environ.get('OPENAI_API_KEY', '').strip(), os.environ.get('OPENAI_BASE_URL', '').strip()
+    if not key or home and urlsplit(home).netloc != urlsplit(url).netloc:
+        return headers
+    if not (key.isascii() and key.isprintable()):
+        raise Refused('OPENAI_API_KEY has characters that no key has; set it again')
+    try:
+        here = host == 'localhost' or ip_address(host).is_loopback
+    except ValueError:
+        here = False
+    if scheme == 'http' and not here:
+        raise Refused(f'--judge-url: http would send the key of OPENAI_API_KEY to {host} unencrypted; give an https '
+                      'address, or unset the key if this judge needs none')
+    return headers | {'Authorization': f'Bearer {key}'}

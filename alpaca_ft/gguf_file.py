@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TYPES', 'CUTS', 'architecture', 'permute_rows', 'rope_factors', 'stored_as', 'cut_of', 'cut_name',
-           'token_list', 'token_scores', 'begins_with_bos', 'add_tokenizer', 'add_shape', 'tensor_table',
-           'tensor_bytes', 'described', 'write_gguf', 'check_gguf', 'ollama_template', 'written_around',
+           'token_list', 'token_scores', 'begins_with_bos', 'add_tokenizer', 'add_special', 'add_shape', 'tensor_table',
+           'tensor_bytes', 'described', 'add_head', 'write_gguf', 'check_gguf', 'ollama_template', 'written_around',
            'ollama_chat_template', 'modelfile']
 
 # %% ../nbs/a4_gguf.ipynb #a4-003
@@ -181,6 +181,7 @@ def begins_with_bos(
     text = render(tokenizer, [dict(role='user', content='a')], ask=True, template=chat_template(tokenizer).template)
     return text.startswith(tokenizer.bos_token)
 
+# %% ../nbs/a4_gguf.ipynb #a4-053-s1
 def add_tokenizer(
     writer:gguf.GGUFWriter,  # of the file
     tokenizer,  # of the model
@@ -199,6 +200,14 @@ def add_tokenizer(
         writer.add_add_space_prefix(True)
     writer.add_token_types(types)
     writer.add_token_merges([' '.join(m) for m in merges])
+    add_special(writer, tokenizer)
+
+# %% ../nbs/a4_gguf.ipynb #a4-053-s1-s1
+def add_special(
+    writer:gguf.GGUFWriter,  # of the file
+    tokenizer,  # of the model
+)->None:
+    "The special tokens of a file, and its chat template."
     ids = dict(bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, unk=tokenizer.unk_token_id,
                pad=tokenizer.pad_token_id)
     for kind, i in ids.items():
@@ -238,8 +247,8 @@ def tensor_table(
     config,  # its config
 )->list:  # (GGUF's name, shape, file, name in the file)
     "Every weight of a model folder, with its name in a GGUF file."
-    named = gguf.MODEL_ARCH[architecture(config).upper()]
-    names = gguf.get_tensor_name_map(named, config.num_hidden_layers)
+    kind = gguf.MODEL_ARCH[architecture(config).upper()]
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     rows = []
     for path in sorted(folder.glob('*.safetensors')):
         with safe_open(path, 'pt') as file:
@@ -295,6 +304,20 @@ def described(
     cut_name(json.loads(tokenizer.backend_tokenizer.to_str()))
     return config, tokenizer
 
+# %% ../nbs/a4_gguf.ipynb #a4-063-p1
+def add_head(
+    writer:gguf.GGUFWriter,  # of the file
+    config,  # of the model
+    kind:str,  # a key of `TYPES`
+    name:str,  # of the model
+)->None:
+    "What the file is, and the model's shape."
+    writer.add_type('model')
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if kind == 'q8_0' else gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_shape(writer, config)
+
 # %% ../nbs/a4_gguf.ipynb #a4-063
 def write_gguf(
     folder,  # a model folder of transformers
@@ -307,11 +330,7 @@ def write_gguf(
     config, tokenizer = described(folder)
     rows = tensor_table(folder, config)
     writer = gguf.GGUFWriter(to, architecture(config))
-    writer.add_type('model')
-    writer.add_name(name or folder.resolve().name)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if kind == 'q8_0' else gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_shape(writer, config)
+    add_head(writer, config, kind, name or folder.resolve().name)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     for tensor, shape, *_ in rows:
         as_type = stored_as(shape, kind)

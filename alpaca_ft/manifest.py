@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'ANYWAY', 'digest', 'config_digest', 'weights_digest', 'tokenizer_digest', 'rows_digest', 'packed_digest',
-           'versions', 'processor_name', 'Manifest', 'make_manifest', 'Changes', 'compare_manifests', 'states_name']
+           'versions', 'processor_name', 'Manifest', 'make_manifest', 'Changes', 'compare_options', 'compare_manifests',
+           'states_name']
 
 # %% ../nbs/a3_manifest.ipynb #a3-003
 import hashlib
@@ -164,6 +165,20 @@ class Changes:
     anyway:list  # lines: fine with --resume-anyway
     note:list  # lines: worth saying
 
+# %% ../nbs/a3_manifest.ipynb #a3-051-p1
+def compare_options(
+    old:dict,  # of a run that began
+    new:dict,  # at hand
+    found:Changes,  # gets what differs
+)->None:
+    "Which options changed."
+    known = {f.name: f.default for f in fields(RunConfig)}  # an option that is newer than the run had its default
+    for k in sorted(old.keys() | new.keys()):
+        before, now = old.get(k, known.get(k)), new.get(k)
+        if before != now:
+            lines = found.anyway if k in ANYWAY else found.never
+            lines.append(f'{k} was {before} and is {now}')
+
 # %% ../nbs/a3_manifest.ipynb #a3-051
 def compare_manifests(
     old:dict,  # the manifest in a run's config.yaml
@@ -171,12 +186,7 @@ def compare_manifests(
 )->Changes:
     "What changed since a run began."
     found = Changes([], [], [])
-    known = {f.name: f.default for f in fields(RunConfig)}  # an option that is newer than the run had its default
-    for k in sorted(old.get('options', {}).keys() | new.options.keys()):
-        before, now = old.get('options', {}).get(k, known.get(k)), new.options.get(k)
-        if before != now:
-            lines = found.anyway if k in ANYWAY else found.never
-            lines.append(f'{k} was {before} and is {now}')
+    compare_options(old.get('options', {}), new.options, found)
     for k in ('model', 'weights', 'tokenizer', 'data', 'packed'):
         name = dict(model="model's config", weights="model", packed='packing of the rows').get(k, k)
         if old.get(k) != getattr(new, k):

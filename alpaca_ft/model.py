@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
-           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'freeze', 'chosen_layers',
-           'signal_to_noise', 'layer_matrices', 'spectrum', 'goes_to_experts', 'lora_modules', 'check_rotate',
-           'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'in_bf16', 'autocast', 'first_in_graph',
-           'checkpoint_trained', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail',
-           'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved', 'save_model',
-           'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
+           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'freeze', 'in_bf16', 'autocast',
+           'first_in_graph', 'checkpoint_trained', 'chosen_layers', 'signal_to_noise', 'layer_matrices', 'spectrum',
+           'linear_modules', 'goes_to_experts', 'lora_modules', 'check_rotate', 'check_trains', 'resolve_choice',
+           'layer_weights', 'drawn', 'at_work', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk',
+           'Tail', 'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved',
+           'write_model', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape',
+           'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -258,12 +259,57 @@ def freeze(
     n = len(decoder_layers(model))
     if not 0 <= n_freeze <= n:
         raise Refused(f'n_freeze is {n_freeze}, but {type(model).__name__} has {n} layers; give 0 to {n}')
-    untied = apply_choice(model, Choice(list(range(n_freeze, n)), n, embed=not freeze_embed), frozen_dtype)
+    choice = Choice(list(range(n_freeze, n)), n, embed=not freeze_embed)
+    untied = apply_choice(model, choice, frozen_dtype)
     if verbose:
-        note = '; lm_head was tied to the embedding and has its own weight now' if untied else ''
-        print(f'layers {n_freeze+1} to {n} of {n} and lm_head are trained{note}')
+        note = '; the head was tied to the embedding and has its own weight now' if untied else ''
+        print(f'trained: {choice}{note}')
         param_count(model)
     return model
+
+# %% ../nbs/04_model.ipynb #4344fdd9
+def in_bf16(
+    model,  # after `freeze`
+)->bool:  # whether part of it is bf16
+    "Whether matrix products of a model are to be computed in bf16."
+    return getattr(model, 'products_in_bf16', False) or any(p.dtype == torch.bfloat16 for p in model.parameters())
+
+# %% ../nbs/04_model.ipynb #03-047
+def autocast(
+    model,  # after `freeze`
+):  # a context manager
+    "bf16 matrix products for a model whose frozen part is bf16; nothing for a model all in fp32."
+    if in_bf16(model):
+        return torch.autocast(model.device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+# %% ../nbs/04_model.ipynb #04-fg1
+def first_in_graph(
+    model,  # after `freeze`
+)->int:  # number of a layer, from 0; the number of layers where none is in the graph
+    "The lowest layer whose activations are kept for the backward pass: it trains, or something below it does."
+    layers = decoder_layers(model)
+    weight = getattr(model.get_input_embeddings(), 'weight', None)
+    if weight is not None and weight.requires_grad:
+        return 0
+    for i, layer in enumerate(layers):
+        if any(p.requires_grad for p in layer.parameters()):
+            return i
+    return len(layers)
+
+# %% ../nbs/04_model.ipynb #03-053
+def checkpoint_trained(
+    model,  # after `freeze`
+)->int:  # layers whose activations are recomputed in the backward pass
+    "Activation checkpointing where there is a backward pass: from the lowest trained layer on."
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=False))
+    model.disable_input_require_grads()
+    layers, first = decoder_layers(model), first_in_graph(model)
+    for i, layer in enumerate(layers):
+        for m in layer.modules():
+            if hasattr(m, 'gradient_checkpointing'):
+                m.gradient_checkpointing = i >= first
+    return len(layers) - first
 
 # %% ../nbs/04_model.ipynb #04-wl2
 def chosen_layers(
@@ -335,6 +381,18 @@ def spectrum(
             chosen[name] = i
     return chosen
 
+# %% ../nbs/04_model.ipynb #04-gx2-p1
+def linear_modules(
+    model,  # causal language model, as it was loaded
+)->list:  # (layer number, name within its parent, name in the model)
+    "The linear modules of the decoder layers."
+    from transformers.pytorch_utils import Conv1D
+    found = []
+    for i, kind, name, m in layer_matrices(model):
+        if isinstance(m, (nn.Linear, Conv1D)):
+            found.append((i, kind.rpartition('.')[2], name))
+    return found
+
 # %% ../nbs/04_model.ipynb #04-gx2
 def goes_to_experts(
     model,  # causal language model, as it was loaded
@@ -358,9 +416,7 @@ def lora_modules(
     among:list=None,  # names of modules: only these; None: all
 )->list:  # names of modules
     "The modules that LoRA's matrices are added to; raises `Refused` where there are none."
-    from transformers.pytorch_utils import Conv1D
-    there = [(i, kind.rpartition('.')[2], name) for i, kind, name, m in layer_matrices(model)
-             if isinstance(m, (nn.Linear, Conv1D))]
+    there = linear_modules(model)
     kinds = sorted({kind for _, kind, _ in there})
     elsewhere = [kind for kind in kinds if goes_to_experts(model, kind)]
     kinds = [kind for kind in kinds if kind not in elsewhere]
@@ -389,6 +445,22 @@ def check_rotate(
         raise Refused(f'rotate is {cfg.rotate}, but {len(layers)} layers of {name} train; give fewer, '
                       'or leave rotate out')
 
+# %% ../nbs/04_model.ipynb #04-re2-p1
+def check_trains(
+    choice:Choice,  # what is to train
+    cfg:RunConfig,  # n_freeze, for a refusal
+    model,  # causal language model, as it was loaded
+)->None:
+    "Refuse a choice that trains nothing, or an embedding without the head that it is tied to."
+    name = type(model).__name__
+    if not (choice.layers or choice.head or choice.embed):
+        raise Refused(f'n_freeze is {cfg.n_freeze} and train_head false: nothing of {name} would train; '
+                      'freeze fewer layers')
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    if choice.embed and not choice.head and head.weight is embed.weight:
+        raise Refused(f'the embedding of {name} is its head too, and train_head is false; leave one of '
+                      '--no-freeze-embed and --no-train-head out')
+
 # %% ../nbs/04_model.ipynb #04-re2
 def resolve_choice(
     cfg:RunConfig,  # method, n_freeze, layers, train_head, freeze_embed, and what LoRA needs
@@ -412,13 +484,7 @@ def resolve_choice(
         return Choice(layers, n, False, False, matrices, 'lora', cfg.lora_rank, cfg.lora_alpha, cfg.seed,
                       cfg.train_dtype)
     choice = Choice(layers, n, cfg.train_head is not False, not cfg.freeze_embed, matrices, trained=cfg.train_dtype)
-    if not (choice.layers or choice.head or choice.embed):
-        raise Refused(f'n_freeze is {cfg.n_freeze} and train_head false: nothing of {name} would train; '
-                      'freeze fewer layers')
-    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    if choice.embed and not choice.head and head.weight is embed.weight:
-        raise Refused(f'the embedding of {name} is its head too, and train_head is false; leave one of '
-                      '--no-freeze-embed and --no-train-head out')
+    check_trains(choice, cfg, model)
     return choice
 
 # %% ../nbs/04_model.ipynb #04-li2
@@ -461,50 +527,6 @@ def at_work(
         for weights in resting:
             for p in weights:
                 p.requires_grad_(True)
-
-# %% ../nbs/04_model.ipynb #4344fdd9
-def in_bf16(
-    model,  # after `freeze`
-)->bool:  # whether part of it is bf16
-    "Whether matrix products of a model are to be computed in bf16."
-    return getattr(model, 'products_in_bf16', False) or any(p.dtype == torch.bfloat16 for p in model.parameters())
-
-# %% ../nbs/04_model.ipynb #03-047
-def autocast(
-    model,  # after `freeze`
-):  # a context manager
-    "bf16 matrix products for a model whose frozen part is bf16; nothing for a model all in fp32."
-    if in_bf16(model):
-        return torch.autocast(model.device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-# %% ../nbs/04_model.ipynb #04-fg1
-def first_in_graph(
-    model,  # after `freeze`
-)->int:  # number of a layer, from 0; the number of layers where none is in the graph
-    "The lowest layer whose activations are kept for the backward pass: it trains, or something below it does."
-    layers = decoder_layers(model)
-    weight = getattr(model.get_input_embeddings(), 'weight', None)
-    if weight is not None and weight.requires_grad:
-        return 0
-    for i, layer in enumerate(layers):
-        if any(p.requires_grad for p in layer.parameters()):
-            return i
-    return len(layers)
-
-# %% ../nbs/04_model.ipynb #03-053
-def checkpoint_trained(
-    model,  # after `freeze`
-)->int:  # layers whose activations are recomputed in the backward pass
-    "Activation checkpointing where there is a backward pass: from the lowest trained layer on."
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=False))
-    model.disable_input_require_grads()
-    layers, first = decoder_layers(model), first_in_graph(model)
-    for i, layer in enumerate(layers):
-        for m in layer.modules():
-            if hasattr(m, 'gradient_checkpointing'):
-                m.gradient_checkpointing = i >= first
-    return len(layers) - first
 
 # %% ../nbs/04_model.ipynb #eb4471f0
 @dataclass
@@ -589,7 +611,9 @@ class Apart:
                 start += n
         place = torch.arange(max(lengths))
         inside = place < torch.tensor(lengths)[:, None]
-        there = (torch.tensor(starts)[:, None] + place)*inside  # padding repeats the first token of all
+        # where token i of document d stands in the packed rows, laid end to end; padding repeats their first token
+        there = (torch.tensor(starts)[:, None] + place)*inside
+        # the other way: for each place in the packed rows, where its token went
         back = torch.zeros(len(document_lengths)*width, dtype=torch.long)
         back[there[inside]] = inside.flatten().nonzero()[:, 0]
         self.there, self.back = there.to(device), back.view(-1, width).to(device)
@@ -797,6 +821,22 @@ def check_saved(
         if k not in again or not torch.equal(again[k], p.detach().cpu().float()):
             raise OSError(f'{folder}: {k} was not written as it is in memory')
 
+# %% ../nbs/04_model.ipynb #03-062-p1
+def write_model(
+    model,  # trained
+    tokenizer,  # its tokenizer
+    folder:Path,  # to write into
+)->None:
+    "Write a model and its tokenizer, with the template that it was trained in."
+    mend_generation_config(model, tokenizer)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = saved_template(tokenizer)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = template
+
 # %% ../nbs/04_model.ipynb #03-062
 def save_model(
     model,  # trained
@@ -808,14 +848,7 @@ def save_model(
     folder = Path(folder)
     part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
-    mend_generation_config(model, tokenizer)
-    template = tokenizer.chat_template
-    tokenizer.chat_template = saved_template(tokenizer)
-    try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-    finally:
-        tokenizer.chat_template = template
+    write_model(model, tokenizer, part)
     if has_adapter(model):
         mend_adapter_config(part)
         check_adapter(model, part)
@@ -883,7 +916,8 @@ def memory_estimate(
         activations += 2*sum(p.numel() for p in trained)  # copies in bf16 for the products
     trained_bytes = sum(p.numel()*p.element_size() for p in trained)
     out = dict(frozen=sum(p.numel()*p.element_size() for p in frozen), trained=trained_bytes, gradients=trained_bytes,
-               optimizer=2*trained_bytes, activations=activations, logits=tokens*c.vocab_size*10)
+               optimizer=2*trained_bytes, activations=activations,
+               logits=tokens*c.vocab_size*10)  # each in bf16, in fp32, and its gradient
     return out | dict(total=sum(out.values()))
 
 # %% ../nbs/04_model.ipynb #03-068
@@ -936,6 +970,15 @@ def _convert(
         AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(f'{tmp}/out')
         os.rename(f'{tmp}/out', out)
 
+# %% ../nbs/04_model.ipynb #03-012-p1
+def _remedy(why, folder):
+    "What to do about a model that cannot be loaded."
+    if 'safetensors' in why and folder.is_dir():
+        return 'its weights are pickles, which can run code: convert them to safetensors'
+    if folder.is_dir():
+        return 'check the folder'
+    return 'give a local folder, or check the name, the network and `hf auth login`'
+
 # %% ../nbs/04_model.ipynb #03-012
 def _load(
     what,  # AutoModelForCausalLM.from_pretrained or AutoTokenizer.from_pretrained
@@ -960,13 +1003,7 @@ def _load(
         return what(model_id, **kw)
     except Exception as e:
         why = ' '.join(str(e).split())[:240]
-        if 'safetensors' in why and folder.is_dir():
-            remedy = 'its weights are pickles, which can run code: convert them to safetensors'
-        elif folder.is_dir():
-            remedy = 'check the folder'
-        else:
-            remedy = 'give a local folder, or check the name, the network and `hf auth login`'
-        raise Refused(f'{model_id}: cannot be loaded ({why}); {remedy}') from None
+        raise Refused(f'{model_id}: cannot be loaded ({why}); {_remedy(why, folder)}') from None
 
 # %% ../nbs/04_model.ipynb #1984de34
 def model_folder(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'WORDS', 'LAYERS', 'ARTICLE', 'PRESETS', 'DEMO_ROWS', 'option', 'RunConfig', 'as_number', 'as_type',
-           'as_n_freeze', 'check_choice', 'check_options', 'read_yaml', 'read_config', 'option_help', 'plan']
+           'as_n_freeze', 'check_choice', 'check_stream', 'check_options', 'read_yaml', 'read_config', 'option_help',
+           'plan']
 
 # %% ../nbs/a2_options.ipynb #a2-003
 import difflib
@@ -29,16 +30,19 @@ def option(
 # %% ../nbs/a2_options.ipynb #a2-009
 @dataclass
 class RunConfig:
-    "Every option of a run. The defaults are the demo: SmolLM2-135M on the built-in rows, minutes on two cores."
+    "Every option of a run. The defaults: SmolLM2-135M on the built-in rows, one epoch, loss on all tokens."
     model:str = option('demo', '`demo`, a folder, or a hub id of a causal language model')
     data:str = option('builtin', '`builtin` or `demo` rows, a file (.json, .jsonl, .parquet), a folder, a W&B artifact '
-                      'entity/project/name:alias, or a hub id')
+                      'entity/project/name:alias, or a hub id; with no rows named, the command takes the demo\'s')
     eval_data:str = option(None, "rows to evaluate on; none: the source's own test split, or a tenth of the rows "
                            '(at most 1000)')
     columns:str = option(None, "the rows' names for our columns, as in instruction=question,output=answer; none: the "
                          'usual ones, and chats (messages or conversations), are recognised', shown='PART=NAME,...')
     template:str = option('alpaca', "how a row becomes text: `alpaca`, `chat` (the model's own chat template), or a "
                           'file of Jinja', shown='alpaca|chat|FILE')
+    stream:bool = option(False, 'read the rows as they are needed, however many there are; the steps are max_steps, or '
+                         'counted in a pass before the first')
+    stream_window:int = option(10_000, 'rows of a stream that are packed and shuffled together', least=1)
     out:str = option(None, 'the run folder, which must be new or empty; none: runs/NAME, numbered')
     method:str = option('freeze', '`freeze`: the chosen layers train; `lora`: small matrices added to them; `full`: '
                         'everything', choices=('freeze', 'lora', 'full'))
@@ -181,6 +185,22 @@ def check_choice(
             raise Refused(f'{name} is {getattr(cfg, name)}, but method is {cfg.method}; give --method lora')
 
 # %% ../nbs/a2_options.ipynb #a2-022
+def check_stream(
+    cfg,  # RunConfig, its values in their types
+)->None:
+    "Check that nothing is asked of a stream that needs all rows at once; raises `Refused`."
+    if not cfg.stream:
+        if cfg.stream_window != RunConfig.stream_window:
+            raise Refused(f'stream_window is {cfg.stream_window}, but nothing streams; give --stream too')
+        return
+    if cfg.prefix_cache in ('memory', 'disk'):
+        raise Refused(f'prefix_cache is {cfg.prefix_cache}, but rows of a stream are seen once, so kept states cannot '
+                      'pay; use auto, or leave stream out')
+    if cfg.layer_by_layer:
+        raise Refused('layer_by_layer keeps states of all rows, which a stream does not have; leave one of them out')
+    if cfg.near_duplicates is not None:
+        raise Refused('near_duplicates compares all rows, which a stream does not have; leave one of them out')
+
 def check_options(
     cfg,  # RunConfig, changed in place: values in their types
 )->None:
@@ -195,6 +215,7 @@ def check_options(
         if isinstance(v, (int, float)) and least is not None and v < least:
             raise Refused(f'{f.name} is {v}; give at least {least}')
     check_choice(cfg)
+    check_stream(cfg)
     try:
         parse_columns(cfg.columns)
     except ValueError as e:
@@ -265,11 +286,11 @@ def option_help()->dict:  # option: its help
 
 # %% ../nbs/a2_options.ipynb #a2-043
 def plan(
-    n_rows:int,  # packed training rows
+    n_rows:int,  # packed training rows; None: not known, and max_steps decides alone
     cfg:RunConfig,  # batch_size, epochs, max_steps, warmup, eval_every
 )->dict:  # steps, steps_per_epoch, warmup_steps, eval_every
     "The optimizer steps of a run, exactly, and where it evaluates: by default in thirds, the last step included."
-    per_epoch = math.ceil(n_rows/cfg.batch_size)
+    per_epoch = math.ceil(n_rows/cfg.batch_size) if n_rows else None
     if cfg.epochs is None:
         steps = cfg.max_steps or per_epoch
     else:

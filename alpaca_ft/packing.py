@@ -6,6 +6,7 @@
 __all__ = ['any_marked', 'truncate', 'packed_batches', 'pack', 'plot_packing', 'PackedCollator', 'isolation_error', 'leakage']
 
 # %% ../nbs/03_packing.ipynb #03-002
+import math
 import os
 from collections import Counter
 from itertools import accumulate, chain
@@ -24,6 +25,7 @@ def any_marked(
     filled = n > 0
     if filled.any():
         starts = (np.cumsum(n) - n)[filled]
+        # reduceat takes the maximum of each list; it cannot handle an empty one
         marked[filled] = np.maximum.reduceat(masks.flatten().to_numpy(), starts) > 0
     return marked
 
@@ -142,7 +144,7 @@ class PackedCollator:
         "A batch as wide as its longest row."
         import torch
         width = max(len(r['input_ids']) for r in rows)
-        out = [self.row(r, width + -width % self.multiple) for r in rows]
+        out = [self.row(r, math.ceil(width/self.multiple)*self.multiple) for r in rows]
         return {k: torch.stack([o[k] for o in out]) for k in out[0]}
 
 # %% ../nbs/03_packing.ipynb #03-054

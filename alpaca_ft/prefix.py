@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['States', 'packed_lengths', 'rows_states', 'states_in_memory', 'with_row_numbers', 'drops_out', 'why_no_states',
-           'available_memory', 'Keep', 'decide', 'file_sum', 'intact', 'map_states', 'write_states', 'make_room',
-           'there_already', 'states_on_disk', 'try_tail', 'give_back_memory', 'WholeModel']
+           'available_memory', 'Keep', 'room_for_states', 'check_place', 'decide', 'file_sum', 'intact', 'map_states',
+           'write_states', 'make_room', 'there_already', 'states_on_disk', 'both_ways', 'try_tail', 'give_back_memory',
+           'WholeModel']
 
 # %% ../nbs/09_prefix.ipynb #09-003
 import ctypes
@@ -73,7 +74,7 @@ def rows_states(
 ):  # the states of each row, (tokens, hidden), on the CPU
     "Send rows through the frozen layers, with a progress bar."
     collate, before = StepCollator(0, 'all'), 0
-    numbers = numbers or range(sum(map(len, splits)))
+    numbers = range(sum(map(len, splits))) if numbers is None else numbers
     shown = dict(desc='frozen layers, once', unit='row', file=sys.stderr, disable=not is_first())
     with tqdm(total=len(numbers), **shown) as bar:
         for rows in splits:
@@ -163,6 +164,26 @@ class Keep:
     where:str  # off, memory or disk
     why:str  # in a few words
 
+# %% ../nbs/09_prefix.ipynb #09-043-p1
+def room_for_states()->dict:  # bytes by place: memory, disk
+    "What is free for states."
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    return dict(memory=available_memory(), disk=shutil.disk_usage(cache_dir()).free)
+
+# %% ../nbs/09_prefix.ipynb #09-043-p2
+def check_place(
+    where:str,  # memory or disk, as it was asked for
+    n_bytes:int,  # size of the states
+    free:int,  # bytes there
+    together:int,  # processes that would share them
+)->None:
+    "Refuse a place that the states cannot have."
+    if where == 'memory' and together > 1:
+        raise Refused(f'prefix_cache is memory, but {together} processes share kept states through a file; '
+                      'use auto, disk or off')
+    if n_bytes > free*0.9:
+        raise Refused(f'prefix_cache is {where}: {n_bytes:,} bytes are needed, {free:,} are free; use auto or off')
+
 # %% ../nbs/09_prefix.ipynb #09-043
 def decide(
     cfg:RunConfig,  # the options
@@ -172,22 +193,12 @@ def decide(
     together:int=1,  # processes that would share them, which they do through a file
 )->Keep:
     "Where the states will be kept; raises `Refused` where an explicit wish cannot be met."
-    if cfg.prefix_cache == 'off':
-        return Keep('off', 'not asked for')
     saved = passes - rows
-    if cfg.prefix_cache == 'auto' and saved <= 0:
-        return Keep('off', 'fewer passes than there are rows')
-    if cfg.prefix_cache == 'memory' and together > 1:
-        raise Refused(f'prefix_cache is memory, but {together} processes share kept states through a file; '
-                      'use auto, disk or off')
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    room = dict(memory=available_memory(), disk=shutil.disk_usage(cache_dir()).free)
-    size = f'{n_bytes/1e6:,.0f} MB'
+    if cfg.prefix_cache == 'off' or cfg.prefix_cache == 'auto' and saved <= 0:
+        return Keep('off', 'not asked for' if cfg.prefix_cache == 'off' else 'fewer passes than there are rows')
+    room, size = room_for_states(), f'{n_bytes/1e6:,.1f} MB'
     if cfg.prefix_cache != 'auto':
-        free = room[cfg.prefix_cache]
-        if n_bytes > free*0.9:
-            raise Refused(f'prefix_cache is {cfg.prefix_cache}: {n_bytes:,} bytes are needed, {free:,} are free; '
-                          'use auto or off')
+        check_place(cfg.prefix_cache, n_bytes, room[cfg.prefix_cache], together)
         return Keep(cfg.prefix_cache, size)
     why = f'{size}; saves {saved:,} of {passes:,} passes through the frozen layers'
     if n_bytes < room['memory']/4 and together == 1:
@@ -232,6 +243,27 @@ def map_states(
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     return States(lengths, torch.frombuffer(mapped, dtype=dtype).view(-1, hidden), mapped)
 
+# %% ../nbs/09_prefix.ipynb #09-054-p1
+def _reserve(part, n_bytes):
+    "Room for all of a file; that there is none is found out before hours of work."
+    with open(part, 'wb') as f:
+        if hasattr(os, 'posix_fallocate'):
+            os.posix_fallocate(f.fileno(), 0, n_bytes)
+
+def _fill(part, rows, start):
+    "Write rows at their place in a file."
+    with open(part, 'r+b') as f:
+        f.seek(start)
+        for out in rows:
+            f.write(out.contiguous().flatten().view(torch.uint8).numpy().data)
+        f.flush()
+        os.fsync(f.fileno())
+
+def _complete(part, path, n_bytes):
+    "Note size and checksum, and give a file its name."
+    write_whole(path.with_suffix('.json'), json.dumps(dict(bytes=n_bytes, xxh3=file_sum(part))))
+    os.replace(part, path)
+
 # %% ../nbs/09_prefix.ipynb #09-054
 def write_states(
     path:Path,  # the file, which appears complete or not at all
@@ -241,28 +273,10 @@ def write_states(
 )->None:
     "Write states beside their place with ordinary writes, so that a full disk is an error and not a crash."
     part = path.with_name(path.name + '.part')
-
-    def reserve():
-        with open(part, 'wb') as f:
-            if hasattr(os, 'posix_fallocate'):
-                os.posix_fallocate(f.fileno(), 0, n_bytes)  # no room is found out before hours of work
-
-    def fill():
-        with open(part, 'r+b') as f:
-            f.seek(start)
-            for out in rows:
-                f.write(out.contiguous().flatten().view(torch.uint8).numpy().data)
-            f.flush()
-            os.fsync(f.fileno())
-
-    def complete():
-        write_whole(path.with_suffix('.json'), json.dumps(dict(bytes=n_bytes, xxh3=file_sum(part))))
-        os.replace(part, path)
-
     try:
-        first_does(reserve)
-        each_does(fill)
-        first_does(complete)
+        first_does(_reserve, part, n_bytes)
+        each_does(_fill, part, rows, start)
+        first_does(_complete, part, path, n_bytes)
     finally:
         if is_first():
             part.unlink(missing_ok=True)
@@ -273,7 +287,7 @@ def make_room(
     n_bytes:int,  # that are to be written
 )->None:
     "Delete the states that were used longest ago until old and new ones take at most half of what the disk could give."
-    kept = [*folder.glob('*.bin'), *folder.glob('*.layers')]  # and what killed passes left (appendix A9)
+    kept = [*folder.glob('*.bin'), *folder.glob('*.layers')]  # and what killed passes left (appendix A10)
     files = sorted(kept, key=lambda p: p.stat().st_mtime)
     there = sum(p.stat().st_size for p in files)
     limit = (there + shutil.disk_usage(folder).free)/2
@@ -302,6 +316,12 @@ def there_already(
         path.unlink()
     return False
 
+# %% ../nbs/09_prefix.ipynb #09-062-p1
+def _no_room(path, n_bytes, e):
+    "What is said where states cannot be written."
+    return Refused(f'prefix_cache: {n_bytes:,} bytes for {path} cannot be written ({e.strerror}); free some space, '
+                   'set ALPACA_FT_CACHE to another disk (one that all processes see), or use --prefix-cache off')
+
 # %% ../nbs/09_prefix.ipynb #09-062
 def states_on_disk(
     name:str,  # of the states, see `states_name`
@@ -324,11 +344,28 @@ def states_on_disk(
             try:
                 write_states(path, rows_states(trunk, splits, device, mine), n_bytes, sum(lengths[:mine.start])*size)
             except OSError as e:
-                failure = Refused(f'prefix_cache: {n_bytes:,} bytes for {path} cannot be written ({e.strerror}); free '
-                                  'some space, set ALPACA_FT_CACHE to another disk (one that all processes see), or '
-                                  'use --prefix-cache off')
-                raise shared(failure) from None
+                raise shared(_no_room(path, n_bytes, e)) from None
         return map_states(path, lengths, dtype, hidden)
+
+# %% ../nbs/09_prefix.ipynb #09-072-p1
+def both_ways(
+    model,  # after `freeze`
+    n_freeze:int,  # layers in front
+    row,  # a packed row
+    attention:Attention,  # how documents are kept apart
+    device,  # torch.device
+)->tuple:  # (states of a piece of the row, logits of the whole model, logits through trunk and tail)
+    "A piece of a row through the whole model, and through trunk and tail."
+    n = min(64, len(row['input_ids']))
+    ids = row['input_ids'][:n]
+    piece = dict(input_ids=ids, completion_mask=row['completion_mask'][:n], seq_lengths=[n//3, n - n//3], row=0)
+    batch = on_device(StepCollator(0, 'all')([piece]), device)
+    where = batch['position_ids'], batch['document_lengths']
+    states = Trunk(model, n_freeze, attention)(batch['input_ids'], *where)
+    with torch.no_grad():
+        whole = Tail(model, 0, attention).eval()(*where, input_ids=batch['input_ids']).logits.float()
+        cut = Tail(model, n_freeze, attention).eval()(*where, kept_states=states).logits.float()
+    return states, whole, cut
 
 # %% ../nbs/09_prefix.ipynb #09-072
 def try_tail(
@@ -339,17 +376,8 @@ def try_tail(
     device,  # torch.device
 )->torch.Tensor:  # the states of a piece of the row
     "Hold the logits of a piece of a row through trunk and tail against the whole model's; raises `Refused`."
-    n = min(64, len(row['input_ids']))
-    ids = row['input_ids'][:n]
-    piece = dict(input_ids=ids, completion_mask=row['completion_mask'][:n], seq_lengths=[n//3, n - n//3], row=0)
-    batch = on_device(StepCollator(0, 'all')([piece]), device)
     try:
-        states = Trunk(model, n_freeze, attention)(batch['input_ids'], batch['position_ids'],
-                                                   batch['document_lengths'])
-        where = batch['position_ids'], batch['document_lengths']
-        with torch.no_grad():
-            a = Tail(model, 0, attention).eval()(*where, input_ids=batch['input_ids']).logits.float()
-            b = Tail(model, n_freeze, attention).eval()(*where, kept_states=states).logits.float()
+        states, a, b = both_ways(model, n_freeze, row, attention, device)
     except KeyError:
         raise Refused(f'prefix_cache: {type(model).__name__} does not hand arguments on to its layers, so it cannot '
                       'take kept states; use --prefix-cache off') from None

@@ -129,6 +129,7 @@ def alpaca_chat_template(
     system:bool=True,  # a system message is the input of the next question; False: it is an error
 )->str:  # Jinja, for `tokenizer.chat_template`
     "The Alpaca prompts as a chat template; token ids are those of training, where texts hold no special token."
+    # \0 stands for instruction and input, so splitting at it gives the fixed pieces of the prompts
     before, end = map(json.dumps, prompt_no_input(dict(instruction='\0')).split('\0'))
     before_both, between, _ = map(json.dumps, prompt_input(dict(instruction='\0', input='\0')).split('\0'))
     starts_with_bos = tokenizer.bos_token_id is not None and tokenizer('a')['input_ids'][0] == tokenizer.bos_token_id
@@ -166,6 +167,7 @@ def use_template(
     tokenizer.init_kwargs[MARK] = 'chat'
     chat_template(tokenizer).shape(('user', 'assistant'))  # what cannot serve is refused here
 
+# %% ../nbs/02_prompts.ipynb #02-ct1-s1
 def same_template(
     tokenizer,  # of a model, changed in place
     other,  # the tokenizer of another
@@ -181,6 +183,7 @@ def is_alpaca(
     "Whether the model is asked in Alpaca's prompts."
     return tokenizer.init_kwargs.get(MARK) != 'chat'
 
+# %% ../nbs/02_prompts.ipynb #02-ct1-s1-s1
 def saved_template(
     tokenizer,  # of the model
 )->str:  # Jinja
@@ -203,6 +206,7 @@ def turns_of(
     asked = row['instruction'] + (f"\n\n{row['input']}" if row.get('input') else '')
     return [dict(role='user', content=asked), dict(role='assistant', content=row.get('output') or '')]
 
+# %% ../nbs/02_prompts.ipynb #02-ct3-s1
 def row_prompt(
     row,  # dict with instruction, input, and messages where it is a chat of several turns
     tokenizer,  # knows the template
@@ -220,6 +224,7 @@ def has_chats(
     "Whether a chat template is needed for some rows."
     return not is_alpaca(tokenizer) or 'messages' in ds.column_names
 
+# %% ../nbs/02_prompts.ipynb #02-ct5-s1
 def chat_batch(
     batch:dict,  # columns instruction, input, output, and perhaps messages
     tokenizer,  # of the model
@@ -283,9 +288,9 @@ def boundaries(
     ids = [e.ids for e in raw.encode_batch_fast(texts)]
     ends = np.cumsum([0] + [len(x) for x in ids])
     flat = np.fromiter(chain.from_iterable(ids), np.int64, ends[-1])
-    at = np.cumsum(np.concatenate([[0], n_bytes[flat]]))  # bytes in front of each token
-    want = at[ends[:-1]] + [len(p.encode()) for p in prompts]
-    first = np.minimum(np.searchsorted(at, want), len(at) - 1)
+    at = np.cumsum(np.concatenate([[0], n_bytes[flat]]))  # bytes of the batch in front of each token
+    want = at[ends[:-1]] + [len(p.encode()) for p in prompts]  # where each response should begin
+    first = np.minimum(np.searchsorted(at, want), len(at) - 1)  # the token that begins there, if one does
     whole = at[ends[1:]] - at[ends[:-1]] == [len(t.encode()) for t in texts]
     right = (at[first] == want) & whole
     cuts = []
@@ -301,8 +306,6 @@ def tokenize_batch(
     eos:int,  # id of the end-of-sequence token
 ):  # pyarrow RecordBatch
     "A batch of rows as tokens, each ended by one EOS."
-    import numpy as np
-    import pyarrow as pa
     prompts = []
     for instruction, given in zip(batch['instruction'], batch['input']):
         row = dict(instruction=instruction, input=given)
@@ -313,6 +316,16 @@ def tokenize_batch(
         while x and x[-1] == eos:  # some tokenizers add their own
             x.pop()
         x.append(eos)
+    return _two_columns(ids, first)
+
+# %% ../nbs/02_prompts.ipynb #02-071-s1
+def _two_columns(
+    ids:list,  # token ids of each example
+    first:list,  # tokens in front of each response
+):  # pyarrow RecordBatch
+    "Examples as the columns input_ids and completion_mask."
+    import numpy as np
+    import pyarrow as pa
     ends = np.cumsum([0] + [len(x) for x in ids], dtype=np.int32)
     flat = np.fromiter(chain.from_iterable(ids), np.int32, ends[-1])
     mask = np.ones(ends[-1], np.int8)

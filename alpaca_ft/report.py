@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHARTS', 'series', 'page_svg', 'chart', 'facts', 'settings', 'differing', 'prompt_parts', 'spread', 'sample_cards',
-           'preflight_lines', 'evaluation_rows', 'changed_options', 'packing_picture', 'evaluated', 'seen_rows',
-           'render', 'write_report', 'ReportCB']
+           'data_lines', 'memory_lines', 'preflight_lines', 'evaluation_rows', 'changed_options', 'packing_picture',
+           'evaluated', 'seen_rows', 'render', 'write_report', 'ReportCB']
 
 # %% ../nbs/15_report.ipynb #15-003
 import base64
@@ -169,7 +169,9 @@ def facts(
     if p.get('trainable'):
         out.append(('trained', f"{p['trainable']/1e6:,.2f}M of {p['parameters']/1e6:,.2f}M"))
     if p.get('train'):
-        out.append(('rows', f"{p['train']['examples']:,}, packed into {p['train']['rows']:,}"))
+        counted = (p.get('stream') or {}).get('counted', True)
+        name = 'rows' if counted else 'rows of the first window'
+        out.append((name, f"{p['train']['examples']:,}, packed into {p['train']['rows']:,}"))
     return out
 
 # %% ../nbs/15_report.ipynb #15-034
@@ -228,7 +230,7 @@ def sample_cards(
     size = sum(len(s['generation']) + 200 for r in runs for s in r['samples'])
     for i, r in enumerate(runs):
         steps = list(dict.fromkeys(s['step'] for s in r['samples']))
-        n = min(len(steps), max(2, int(len(steps)*room/size))) if size else 0
+        n = min(len(steps), max(2, int(len(steps)*room/size))) if size else 0  # at least two evaluations
         keep = set(spread(steps, n))
         left += len(steps) - len(keep)
         for s in r['samples']:
@@ -244,11 +246,11 @@ def sample_cards(
     return list(cards.values()), says
 
 # %% ../nbs/15_report.ipynb #15-049
-def preflight_lines(
-    report:dict,  # see `preflight`; parts that are not known may be missing
+def data_lines(
+    r:dict,  # see `preflight`; parts that are not known may be missing
 )->list:  # lines of text
-    "The preflight as a person reads it."
-    r, lines = report, []
+    "What the preflight says of the rows."
+    lines = []
     for name in ('train', 'eval'):
         if d := r.get(name):
             lines.append(f"{name:10}{d['examples']:,} rows, {d['tokens']:,} tokens -> {d['rows']:,} packed rows of "
@@ -262,22 +264,40 @@ def preflight_lines(
     if near := r.get('near_duplicates'):
         lines.append(f"near      {near['train']:,} training rows nearly repeat an earlier one, {near['eval']:,} "
                      f"evaluation rows a training row ({near['threshold']:.0%} of their phrases or more)")
+    return lines
+
+# %% ../nbs/15_report.ipynb #15-049-s1
+def memory_lines(
+    r:dict,  # see `preflight`
+)->list:  # lines of text
+    "What the preflight says of memory."
+    memory = {k: f'{n/2**30:.1f}' for k, n in r['memory_bytes'].items()}
+    total = memory.pop('total')
+    parts = ', '.join(f'{k} {n}' for k, n in memory.items() if n != '0.0')
+    lines = [f'memory    about {total} GiB: {parts}']
+    moments = r.get('memory_moments') or {}
+    worst = max(moments, key=moments.get, default=None)
+    if worst and worst != 'a training step':
+        lines.append(f'          at most {moments[worst]/2**30:.1f} GiB: {worst}')
+    return lines
+
+# %% ../nbs/15_report.ipynb #15-049-s1-s1
+def preflight_lines(
+    report:dict,  # see `preflight`; parts that are not known may be missing
+)->list:  # lines of text
+    "The preflight as a person reads it."
+    r, lines = report, data_lines(report)
     if 'steps' in r:
-        lines.append(f"steps     {r['steps']:,} ({r['steps_per_epoch']:,} an epoch), {r['warmup_steps']} of them "
-                     f"warm-up, evaluation every {r['eval_every']:,}")
+        epoch = f" ({r['steps_per_epoch']:,} an epoch)" if r['steps_per_epoch'] else ''  # not known of a stream
+        lines.append(f"steps     {r['steps']:,}{epoch}, {r['warmup_steps']} of them warm-up, evaluation every "
+                     f"{r['eval_every']:,}")
     lines.append(f"model     {r['parameters']/1e6:,.2f}M parameters, {r['trainable']/1e6:,.2f}M trained")
     if r.get('trains'):
         lines.append(f"trains    {r['trains']}")
     if r.get('head_alone'):
         lines.append(f"warning   all {r['layers']} layers are frozen, so the head alone is trained; a lower --n-freeze "
                      'trains layers too')
-    memory = {k: f'{n/2**30:.1f}' for k, n in r['memory_bytes'].items()}
-    total = memory.pop('total')
-    lines.append(f"memory    about {total} GiB: {', '.join(f'{k} {n}' for k, n in memory.items() if n != '0.0')}")
-    moments = r.get('memory_moments') or {}
-    worst = max(moments, key=moments.get, default=None)
-    if worst and worst != 'a training step':
-        lines.append(f'          at most {moments[worst]/2**30:.1f} GiB: {worst}')
+    lines += memory_lines(r)
     seconds = r.get('estimated_seconds')
     if seconds is not None:
         about = f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} min'

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'NOT_BEGUN', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'the_folder', 'check_share',
-           'untracked', 'started_again', 'pack_rows', 'check_fit', 'load_whole', 'prepare', 'fullest_row', 'probe',
-           'synchronize', 'may_be_without_gradient', 'measure_step', 'decide_states', 'decide_by_layer', 'preflight',
-           'known', 'count_memory', 'notes', 'check', 'memory_lines', 'config_alone', 'prepare_shape', 'agree', 'go_on',
-           'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains',
-           'build_trainer', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line', 'finish']
+           'untracked', 'started_again', 'read_and_pack', 'stream_report', 'pack_rows', 'check_fit', 'load_whole',
+           'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'measure_step', 'decide_states',
+           'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check', 'memory_lines', 'config_alone',
+           'prepare_shape', 'agree', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states',
+           'keep_by_layer', 'what_trains', 'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued',
+           'save_result', 'what_is_left', 'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
+import math
 import shutil
 import sys
 import time
@@ -24,19 +26,18 @@ import yaml
 from safetensors.torch import save_file
 
 from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
-                                   lost, out_of_memory, read_state, shorter_log, tidy)
+                                   lost, out_of_memory, read_state, resume_command, shorter_log, tidy)
 from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
-from .data import Refused, check_near, near_duplicates, shared_rows
+from .data import Refused, as_dataset, check_near, near_duplicates, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
 from .layers import (Large, as_folder, large_model, save_by_shard, shards, spare_memory, state_kind,
                               states_by_layer, try_saving_about)
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
-from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, apply_choice, at_work, has_adapter, load_model,
-                    load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
+from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, _load, apply_choice, at_work, has_adapter,
+                    load_model, load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
 from .memory import (GiveBack, as_bytes, at_work_already, bytes_of, counted_advice, fit_lines, fitting,
                               memory_table, planned, twin)
-from .model import _load
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
 from .prefix import (WholeModel, decide, give_back_memory, packed_lengths, states_in_memory, states_on_disk,
@@ -46,6 +47,7 @@ from .processes import (each_does, everyone, is_first, first_does, launch_name, 
 from .prompts import tokenize, use_template
 from .report import ReportCB, preflight_lines
 from .sampling import LLMSampleCB, in_colour, row_documents, show_row
+from .stream import START, BadRow, PackedStream, count, open_stream, stream_lines
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
 from .trainer import (Metrics, PackedLoss, Rotate, StopAtNaN, StepCollator, check_optim, make_trainer,
@@ -60,6 +62,7 @@ class Run:
     tokenizer:object = None  # the model's tokenizer
     model:object = None  # after `freeze`; None while only its tail is in memory
     rows:object = None  # DatasetDict of train and test, as loaded
+    stream:PackedStream = None  # the training rows where they are read as they are needed; `train` is their beginning
     train:object = None  # packed training rows
     test:object = None  # packed evaluation rows
     manifest:Manifest = None  # all that the run depends on
@@ -166,6 +169,7 @@ def run_folder(
     "Take a folder before any work, and give it back as it was where the run is refused."
     from filelock import FileLock, Timeout
     check_out(cfg)
+    # folders above it that are there already: they stay
     there = [p for p in (Path('runs'), *(reversed(Path(cfg.out).parents) if cfg.out else ())) if p.exists()]
     existed = bool(cfg.out) and Path(cfg.out).exists()
     out = make_folder(cfg)
@@ -247,6 +251,42 @@ def started_again(
     return replace(cfg, resume=True)
 
 # %% ../nbs/16_run.ipynb #16-027
+def read_and_pack(
+    run,  # Run; gets rows, tokenizer and packed rows, and a stream where that was asked for
+)->None:
+    "Rows as the options say, checked, tokenized and packed; of a stream its first window."
+    from datasets import DatasetDict
+    cfg, rows, bad = run.cfg, None, []
+    if cfg.stream:
+        rows = open_stream(cfg)
+        first = rows.portion(START)
+        if not first.rows:
+            raise Refused(f'{cfg.data}: no row is left to train on; give more rows, or other ones as --eval-data')
+        run.rows = DatasetDict(train=as_dataset(first.rows), test=rows.test)
+    else:
+        run.rows, bad = load_rows(cfg)
+    run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+    use_template(run.tokenizer, cfg.template)
+    if cfg.stream:
+        run.stream, bad = PackedStream(rows, run.tokenizer, cfg), first.bad
+        if cfg.epochs or not cfg.max_steps:
+            count(run.stream)
+    pack_rows(run, bad)
+    if cfg.stream:
+        run.report['rows_refused'] = (run.stream.total or dict(bad=first.n_bad))['bad']
+        run.report['stream'] = dict(source=str(cfg.data), bytes=rows.source.bytes, counted=bool(run.stream.total),
+                                    repeated=(run.stream.total or dict(repeated=first.repeated))['repeated'])
+
+def stream_report(
+    stream,  # PackedStream
+    first:dict,  # what `pack` reports of its first window
+)->dict:  # the same of all its rows, where they were counted
+    "What went into the packed rows of a stream."
+    if stream.total is None:
+        return first
+    fill = round(stream.total['packed_tokens']/(stream.total['rows']*first['seq_len']), 4)
+    return dict(stream.total) | dict(seq_len=first['seq_len'], fill=fill)
+
 def pack_rows(
     run,  # Run with rows and tokenizer; gets train, test and the report's data part
     bad:list=(),  # lines about rows left out
@@ -259,12 +299,15 @@ def pack_rows(
         except Refused as e:
             raise Refused(f'{split} rows of {run.cfg.data}: {e}') from None
     run.train, run.test = packed['train'], packed['test']
+    if run.stream:
+        reports['train'] = stream_report(run.stream, reports['train'])
+    n_rows = run.stream.n_rows if run.stream else len(run.train)
     both = shared_rows(run.rows['train'], run.rows['test'])
     if both == len(run.rows['test']):
         raise Refused(f'{run.cfg.eval_data or run.cfg.data}: all {both} evaluation rows are training rows too; '
                       'give others as --eval-data')
     run.report.update(rows_refused=len(bad), why_refused=list(bad[:20]), eval_in_train=both, train=reports['train'],
-                      eval=reports['test'], packing=run.train['seq_lengths'][:8], **plan(len(run.train), run.cfg))
+                      eval=reports['test'], packing=run.train['seq_lengths'][:8], **plan(n_rows, run.cfg))
     some = run.train.select(range(min(2, len(run.train))))
     run.report['documents'] = [row_documents(row, run.tokenizer, run.cfg.loss_on) for row in some]
     if run.cfg.near_duplicates is not None:
@@ -313,14 +356,14 @@ def prepare(
     if cfg.train_dtype == 'bf16' and run.place.dtype != torch.bfloat16:
         raise Refused('train_dtype is bf16, but products are computed in fp32 here; give --dtype bf16')
     check_optim(cfg.optim)
-    run.rows, bad = load_rows(cfg)
-    run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
-    use_template(run.tokenizer, cfg.template)
-    pack_rows(run, bad)
+    read_and_pack(run)
     run.report['process_bytes'] = at_work_already(run.place.dtype)
     run.report['gives_back'] = spare_memory(cfg.model, run.place)
     run.large = large_model(cfg, run.place)
     run.report['gives_back'] |= bool(run.large) and run.place.device.type == 'cpu'
+    if run.large and cfg.stream:
+        raise Refused(f'{cfg.model}: is too large to be loaded as a whole, and to read it layer by layer keeps states '
+                      'of all rows, which a stream does not have; leave --stream out, or use a smaller model')
     if run.large and run.place.processes > 1:
         raise Refused(f'{cfg.model}: is read layer by layer here, which one process does; start it without torchrun or '
                       'accelerate')
@@ -331,6 +374,8 @@ def prepare(
         load_whole(run)
     run.manifest = make_manifest(cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test,
                                  run.choice)
+    if run.stream:
+        run.manifest.data = run.stream.rows.identity()
     run.whole = WholeModel(run.model, cfg, run.place.dtype, run.choice)
     if run.place.sharded and not run.whole.can_be_released():
         raise Refused(f'{cfg.model}: FSDP needs its safetensors files at hand, to put the whole model together again; '
@@ -394,6 +439,8 @@ def measure_step(
     "Choose how a step is computed, and see that documents are apart, gradients arrive, and how long it takes."
     cfg = run.cfg
     longest = max(n for rows in (run.train, run.test) for lengths in rows['seq_lengths'] for n in lengths)
+    if run.stream:
+        longest = cfg.seq_len  # a longer one may come
     run.step = choose_step(run.tried, run.train, run.tokenizer.pad_token_id, longest, cfg.micro_batch_size)
     leak = leakage_between(Tail(run.tried, 0, run.step.attention), fullest_row(run.train, run.test))
     if leak:
@@ -407,7 +454,8 @@ def measure_step(
         raise Refused(f"{cfg.model}: {', '.join(matrices[:3])} should train but gets no gradient; "
                       'this architecture cannot be trained here')
     run.report['without_gradient'] = missing
-    tokens = run.report['train']['packed_tokens']*run.report['steps']/run.report['steps_per_epoch']
+    about, per_epoch = run.report['train'], run.report['steps_per_epoch']
+    tokens = about['packed_tokens']*run.report['steps']/(per_epoch or about['rows']/cfg.batch_size)
     run.report.update(isolated=True, probe_tokens_per_second=p['tokens_per_second'],
                       estimated_seconds=round(tokens/p['tokens_per_second']/run.place.processes))
     attention, head = 'own', run.step.head.__name__ if run.step.head else 'own'
@@ -428,12 +476,14 @@ def decide_states(
         decide_by_layer(run)
         return
     why = why_no_states(cfg, run.model, run.choice)
+    if run.stream and not why:
+        why = 'rows of a stream are seen once'
     if why and cfg.prefix_cache != 'auto':
         raise Refused(f'prefix_cache is {cfg.prefix_cache}, but {why}; use off')
     if why:
         r['prefix_says'] = f'computed each time ({why})'
         return
-    evaluations = -(-r['steps']//r['eval_every']) + 1
+    evaluations = math.ceil(r['steps']/r['eval_every']) + 1
     passes = r['steps']*cfg.batch_size + evaluations*len(run.test)
     rows = len(run.train) + len(run.test)
     if cfg.prefix_cache == 'auto' and passes <= rows:
@@ -518,6 +568,8 @@ def notes(
     lines = []
     if run.place and run.place.processes > 1:
         lines.append(f'{run.place.processes} processes: the {run.cfg.batch_size} packed rows of a step are shared out')
+    if run.stream:
+        lines += stream_lines(run.stream, run.report['steps'], run.report['stream']['repeated'])
     if run.step and run.step.says:
         lines.append(run.step.says)
     if run.report.get('prefix_says'):
@@ -604,10 +656,7 @@ def prepare_shape(
     apply_choice(run.model, run.choice, run.place.dtype)
     unknown.append('speed, isolation and gradients: measured on loaded weights only')
     try:
-        run.rows, bad = load_rows(cfg)
-        run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
-        use_template(run.tokenizer, cfg.template)
-        pack_rows(run, bad)
+        read_and_pack(run)
     except Refused as e:
         unknown.append(f'rows, tokens, fill and truncation: {e}')
         if article:
@@ -766,9 +815,11 @@ def build_trainer(
     if run.resume_from:
         saver.restore_weights(loss.tail.trained())
         first_does(tidy, out, cfg.keep, start)  # what a kill in the middle of a save or of tidying left
-    metrics = Metrics(out/'metrics.jsonl', run.report['steps_per_epoch'])
+        if run.stream:
+            run.stream.go_on(start, read_state(run.resume_from)['stream'])
+    metrics = Metrics(out/'metrics.jsonl', run.report['steps_per_epoch'], run.stream)
     trainer = make_trainer(cfg, loss, run.tokenizer, run.train, run.test, out, [saver, metrics], tracker.report_to,
-                           run.states, start)
+                           run.states, start, run.stream)
     watch = StopAtNaN(trainer, cfg.loss_spike_stop, saver.last_good)
     best = Best(out, cfg)
     best.go_on(read_state(run.resume_from).get('best') if run.resume_from else None)
@@ -794,13 +845,32 @@ def build_trainer(
     return trainer
 
 # %% ../nbs/16_run.ipynb #16-078
+def stopped_by_rows(
+    run,  # Run with a stream
+    e:Refused,  # what is wrong with its rows
+)->Failed:  # what to tell
+    "Save a checkpoint where a stream cannot go on."
+    trainer, saver = run.trainer, run.trainer.saver
+    step, why = trainer.state.global_step, str(e)
+    known = isinstance(e, BadRow)  # anything else may have met this process alone, and others would not save with it
+    if (known or run.place.processes == 1) and step > trainer.start and not first_does(saver.folder(step).exists):
+        saver.save(step)
+    if not known:
+        return Failed(f'step {step + 1}: {why}; {what_is_left(run)}')
+    again = resume_command(replace(run.cfg, skip_bad_rows=True), run.out)
+    return shared(Failed(f'step {step + 1}: {e.place}: {e.problem}; {what_is_left(run)}; leave such rows out, and go '
+                         f'on with: {again}'))
+
 def train_steps(
     run,  # Run with its trainer
 )->None:
     "All optimizer steps, from the one on at which the run stands; fewer where `patience` ends it."
     trainer, best = run.trainer, run.trainer.best
     if trainer.start < run.report['steps'] and not best.enough:  # a checkpoint of the last step leaves nothing to train
-        trainer.train()
+        try:
+            trainer.train()
+        except Refused as e:
+            raise stopped_by_rows(run, e) if run.stream else e from None
     trainer.metrics_bar.close()
     if best.enough and is_first():
         step = max(trainer.start, trainer.state.global_step)
@@ -891,5 +961,7 @@ def finish(
     "Close what was opened, and write the report."
     if run.trainer is not None:
         run.trainer.metrics_bar.close()
+    if run.stream:
+        run.stream.close()
     if is_first():
         ReportCB(run.out).write(running=False)

@@ -74,7 +74,7 @@ def answer_batch(
         out = model.generate(input_ids=enc['input_ids'], attention_mask=enc['attention_mask'], generation_config=config)
     ends, answers = set(config.eos_token_id), []
     for row in out[:, enc['input_ids'].shape[1]:].tolist():
-        n = next((i for i, t in enumerate(row) if t in ends), None)
+        n = next((i for i, t in enumerate(row) if t in ends), None)  # where the answer ends; None if it was cut
         answers.append(dict(text=tokenizer.decode(row[:n], skip_special_tokens=True), tokens=len(row[:n]),
                             stopped=n is not None))
     return answers
@@ -194,6 +194,7 @@ def text_pieces(
             start = i
     return pieces
 
+# %% ../nbs/06_sampling.ipynb #06-sh1-s1
 def row_documents(
     row:dict,  # packed row: input_ids, completion_mask, seq_lengths
     tokenizer,  # of the model
@@ -204,7 +205,7 @@ def row_documents(
     for n in row['seq_lengths']:
         ids, mask = row['input_ids'][start:start + n], row['completion_mask'][start:start + n]
         learnt = [i > 0 and (loss_on == 'all' or m == 1) for i, m in enumerate(mask)]  # nothing predicts the first
-        last = max((i for i, m in enumerate(mask) if m), default=None)
+        last = max((i for i, m in enumerate(mask) if m), default=None)  # the end of the response
         ends = 'nothing' if last is None else repr(tokenizer.decode(ids[last]))
         if last is not None and ids[last] not in tokenizer.all_special_ids:
             ends += ', no special token: cut'
@@ -270,7 +271,7 @@ class LLMSampleCB(TrainerCallback):
         if any(r['step'] == step for r in self.rows):
             return []
         shares, n, rows = everyone(each_does(self.answer, self.prompts[rank()::processes()])), processes(), []
-        answers = [shares[i % n][i//n] for i in range(len(self.prompts))]
+        answers = [shares[i % n][i//n] for i in range(len(self.prompts))]  # process r had prompts r, r + n, r + 2n ...
         for prompt, answer, row in zip(self.prompts, answers, self.sample_dataset):
             asked = f"{row['instruction']} | {row['input']}" if row.get('input') else row['instruction']
             rows.append(dict(step=step, prompt=prompt, asked=asked, generation=answer['text'], reference=row['output'],
@@ -365,6 +366,7 @@ def before_after(
             cut = '' if r['stopped'] else ' [cut]'
             lines.append(f"{name}{printable(r['generation'].strip(), width)}{cut}")
         lines.append('')
-    before, after = (sum(r['stopped'] for r in part) for part in (first, last))
+    before = sum(r['stopped'] for r in first)
+    after = sum(r['stopped'] for r in last)
     lines.append(f'answers that ended by themselves: {before} of {len(first)} before, {after} of {len(last)} after')
     return lines

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['has_key', 'server_answers', 'wandb_mode', 'start_wandb', 'finish_wandb', 'log_folder', 'evaluation_of', 'TrackioCB',
-           'check_tracking', 'Tracker', 'log_tables', 'split']
+           'check_tracking', 'Tracker', 'log_tables', 'log_split', 'split']
 
 # %% ../nbs/13_tracking.ipynb #13-003
 import netrc
@@ -44,7 +44,7 @@ def server_answers(
     timeout:float=2.,  # seconds, for all of it
 )->str|None:  # why it does not, or None
     "Ask a server for a sign of life; a server error counts as none."
-    why = [f'{url} did not answer within {timeout:g} s']
+    why = [f'{url} did not answer within {timeout:g} s']  # a list, so that the thread can change it
     request = urllib.request.Request(f'{url}/graphql', b'{"query": "query Alive { __typename }"}',
                                      {'Content-Type': 'application/json'})  # where wandb's client will turn to
 
@@ -260,10 +260,29 @@ def log_tables(
     columns, tables = ['instruction', 'input', 'output'], {}
     try:
         for name, rows in splits.items():
-            tables[f'{name}_table'] = wandb.Table(columns=columns, data=[[r[c] for c in columns] for r in rows])
+            data = []
+            for r in rows:
+                data.append([r[c] for c in columns])
+            tables[f'{name}_table'] = wandb.Table(columns=columns, data=data)
         run.log(tables)
     except Exception as e:
         print(f'W&B: the tables were not logged ({e})', file=sys.stderr)
+
+# %% ../nbs/13_tracking.ipynb #13-065-p1
+def log_split(
+    out:Path,  # the folder with the two files
+    splits:dict,  # Datasets of rows, by name
+    raw,  # where the rows came from
+    seed:int,  # of the shuffle
+    project:str,  # W&B's project
+)->None:
+    "A run in W&B that has the two files as the artifact alpaca_gpt4_splitted, and their rows as tables."
+    run = start_wandb(f'split-{out.name}', str(out.parent), project, config=dict(raw=str(raw), seed=seed),
+                      job_type='split_data')
+    log_tables(run, **splits)
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    log_folder(run, 'alpaca_gpt4_splitted', out, 'dataset', **sizes, seed=seed)
+    finish_wandb(run)
 
 # %% ../nbs/13_tracking.ipynb #13-065
 def split(
@@ -288,10 +307,6 @@ def split(
     os.rename(part, out)
     sizes = {name: len(rows) for name, rows in splits.items()}
     if track == 'wandb':
-        run = start_wandb(f'split-{out.name}', str(out.parent), project, config=dict(raw=str(raw), seed=seed),
-                          job_type='split_data')
-        log_tables(run, **splits)
-        log_folder(run, 'alpaca_gpt4_splitted', out, 'dataset', **sizes, seed=seed)
-        finish_wandb(run)
+        log_split(out, splits, raw, seed, project)
     left_out = f', {len(bad)} bad ones left out' if bad else ''
     return f"{out}: {sizes['train']:,} rows to train on, {sizes['eval']:,} held back{left_out}"

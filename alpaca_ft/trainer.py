@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['turns', 'sft_config', 'check_optim', 'EpochOrder', 'rows_of_step', 'taken_in_turn', 'MicroBatches',
            'where_to_predict', 'StepCollator', 'on_device', 'token_losses', 'PackedLoss', 'row_sums',
-           'PackedSFTTrainer', 'LastEvaluation', 'SameWeights', 'shard_by_layer', 'make_trainer', 'Diverged',
-           'StopAtNaN', 'Rotate', 'Metrics', 'quiet', 'run_collator']
+           'PackedSFTTrainer', 'LastEvaluation', 'SameWeights', 'shard_by_layer', 'for_several', 'make_trainer',
+           'Diverged', 'StopAtNaN', 'Rotate', 'Metrics', 'quiet', 'run_collator']
 
 # %% ../nbs/07_trainer.ipynb #07-003
 import difflib
@@ -45,7 +45,7 @@ def turns(
 # %% ../nbs/07_trainer.ipynb #07-006
 def sft_config(
     cfg:RunConfig,  # the run's options
-    n_rows:int,  # packed training rows
+    n_rows:int,  # packed training rows; None: not known, and max_steps decides
     out:str,  # a folder for the trainer
     report_to:list=(),  # trackers that are already running: `wandb`
     resumed:bool=False,  # the run goes on from a checkpoint, so there is nothing to evaluate before it
@@ -283,10 +283,11 @@ class PackedSFTTrainer(SFTTrainer):
         cfg:RunConfig,  # the run's options
         states=None,  # kept states of training and evaluation rows
         start:int=0,  # steps that were done before
+        stream=None,  # PackedStream (appendix A11), where rows are read as they are needed
         **kw,  # passed on to SFTTrainer
     ):
         pad_id = kw['processing_class'].pad_token_id
-        self.cfg, self.start = cfg, start
+        self.cfg, self.start, self.stream = cfg, start, stream
         self.collate_all = StepCollator(pad_id, 'all', states)
         super().__init__(model, data_collator=StepCollator(pad_id, cfg.loss_on, states), **kw)
         self.model_accepts_loss_kwargs = True  # count the step's labels and hand them to compute_loss
@@ -300,6 +301,9 @@ class PackedSFTTrainer(SFTTrainer):
 
     def get_train_dataloader(self):
         "Micro-batches from the first step of this run on; the loader draws a number, from a generator of its own."
+        if self.stream is not None:
+            pin = self.args.device.type == 'cuda'
+            return self.stream.loader(self.args.max_steps, self.start, self.data_collator, pin)
         states = self.data_collator.states
         ahead = None if states is None else states.read_ahead
         order = MicroBatches(len(self.train_dataset), self.cfg, self.args.max_steps, self.start, ahead, rank(),
@@ -364,7 +368,9 @@ class PackedSFTTrainer(SFTTrainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 losses = self.model(**on_device(batch, self.args.device), each_token=True)
                 rows.append(row_sums(losses, batch))
-        in_order = [sums for batches in zip(*everyone(rows)) for sums in batches]
+        in_order = []
+        for batches in zip(*everyone(rows)):  # the processes had the batches in turn
+            in_order += batches
         loss, n, response_loss, n_response = torch.cat(in_order).sum(0).tolist()
         metrics = {f'{metric_key_prefix}_loss': loss/n,
                    f'{metric_key_prefix}_response_loss': response_loss/n_response if n_response else None}
@@ -401,6 +407,18 @@ def shard_by_layer(
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
 
+# %% ../nbs/07_trainer.ipynb #07-055-p1
+def for_several(
+    trainer:PackedSFTTrainer,  # changed in place
+)->None:
+    "What DDP and FSDP are told."
+    tail, cfg = trainer.model.tail, trainer.cfg
+    experts = any('.experts.' in name for name in tail.trains)  # those that no token was sent to have no gradient
+    trainer.accelerator.ddp_handler = SameWeights(init_sync=False, forward_sync_buffers=False,
+                                                  find_unused_parameters=experts or bool(cfg.rotate))
+    if wants('ACCELERATE_USE_FSDP'):
+        shard_by_layer(trainer)
+
 # %% ../nbs/07_trainer.ipynb #07-055
 def make_trainer(
     cfg:RunConfig,  # the run's options
@@ -413,23 +431,22 @@ def make_trainer(
     report_to:list=(),  # trackers that are already running
     states=None,  # kept states, see the chapter on the prefix; rows then have their number in `row`
     start:int=0,  # steps that were done before
+    stream=None,  # PackedStream, in the place of the training rows
 )->PackedSFTTrainer:  # ready to train
     "TRL's SFTTrainer on packed rows and a frozen model."
     loss = model if isinstance(model, PackedLoss) else PackedLoss(Tail(model))
     if cfg.activation_checkpointing:
         checkpoint_trained(loss.tail.model)
-    args = sft_config(cfg, len(train), out, report_to, resumed=start > 0)
+    n_rows = len(train) if stream is None else stream.n_rows
+    args = sft_config(cfg, n_rows, out, report_to, resumed=start > 0)
     if wants('ACCELERATE_USE_FSDP') and alone_on_cpu():  # accelerate keeps it for other devices, PyTorch does not
         PartialState().distributed_type = DistributedType.MULTI_GPU
-    experts = any('.experts.' in name for name in loss.tail.trains)  # those that no token was sent to have no gradient
-    trainer = PackedSFTTrainer(loss, cfg, states, start, args=args, train_dataset=train, eval_dataset=test,
-                               processing_class=tokenizer, callbacks=[LastEvaluation(), *callbacks])
+    trainer = PackedSFTTrainer(loss, cfg, states, start, stream, args=args, train_dataset=train,
+                               eval_dataset=test, processing_class=tokenizer,
+                               callbacks=[LastEvaluation(), *callbacks])
     for cb in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(cb)
-    trainer.accelerator.ddp_handler = SameWeights(init_sync=False, forward_sync_buffers=False,
-                                                  find_unused_parameters=experts or bool(cfg.rotate))
-    if wants('ACCELERATE_USE_FSDP'):
-        shard_by_layer(trainer)
+    for_several(trainer)
     return trainer
 
 # %% ../nbs/07_trainer.ipynb #07-075
@@ -466,10 +483,14 @@ class StopAtNaN(TrainerCallback):
 
     def stop(self, step, why):
         "Name the step and its rows."
-        cfg = self.trainer.cfg
-        rows = rows_of_step(step, len(self.trainer.train_dataset), cfg.batch_size, cfg.seed)
+        cfg, stream = self.trainer.cfg, self.trainer.stream
+        if stream is None:
+            rows = rows_of_step(step, len(self.trainer.train_dataset), cfg.batch_size, cfg.seed)
+            batch = f'packed rows {", ".join(map(str, rows))}'
+        else:
+            batch = stream.where(step)
         good = f'; {self.last_good()}' if self.last_good else ''
-        raise shared(Diverged(f'step {step + 1}: {why}. The batch: packed rows {", ".join(map(str, rows))}{good}'))
+        raise shared(Diverged(f'step {step + 1}: {why}. The batch: {batch}{good}'))
 
     def on_evaluate(self, args, state, control, metrics=None, **kw):
         if metrics and not math.isfinite(metrics['eval_loss']):
@@ -515,8 +536,9 @@ class Metrics(TrainerCallback):
     def __init__(self,
         path,  # metrics.jsonl
         steps_per_epoch:int,  # to say how many epochs have passed
+        stream=None,  # PackedStream, which says it itself
     ):
-        self.path, self.steps_per_epoch, self.bar = path, steps_per_epoch, None
+        self.path, self.steps_per_epoch, self.stream, self.bar = path, steps_per_epoch, stream, None
 
     def on_train_begin(self, args, state, control, **kw):
         if is_first():
@@ -525,7 +547,9 @@ class Metrics(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kw):
         if not state.is_world_process_zero or 'train_runtime' in logs:
             return
-        logs['epoch'] = round(state.global_step/self.steps_per_epoch, 4)  # the trainer takes the whole run for one
+        step = state.global_step  # the trainer takes the whole run for one epoch
+        epoch = step/self.steps_per_epoch if self.stream is None else self.stream.part(step)
+        logs['epoch'] = round(epoch, 4)
         append_jsonl(self.path, [{'step': state.global_step} | logs])
         if 'loss' in logs and self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)

@@ -1,7 +1,24 @@
 "A tiny random model with a small tokenizer of its own, made once: real parts, no download."
+import gc
 import json
 
 import pytest
+
+
+@pytest.fixture(scope='session', autouse=True)
+def imported():
+    "What nearly every test needs, imported once; the collector need not look through it after each run."
+    import alpaca_ft.evaluate, alpaca_ft.report, alpaca_ft.run, alpaca_ft.use, datasets, trl  # noqa: F401
+    trl.SFTTrainer
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    "Reports without their drawings, which take longer than the runs themselves; test_report.py draws them."
+    if request.module.__name__ not in ('test_report', 'test_article'):
+        monkeypatch.setattr('alpaca_ft.report._svg', lambda draw, height, label: '')
 
 
 @pytest.fixture(scope='session')

@@ -7,15 +7,17 @@ A cell is a family of models with one choice of each option. It must end in one 
   untouched, what trains has moved, and RUN/model loads with plain transformers to the model that was trained;
 - the run is refused in one line before anything was written, where the table REFUSED says so.
 
-`--pairs` tries a covering array (each pair of choices is met once at least) in place of the whole product, `--more` the
-families of the table MORE too, `--only` the cells whose name the regular expression finds, and `--logs` keeps what the
-failed cells printed. Modules are imported once, and every cell is a forked child, so that it costs a second or two.
+`--pairs` tries a covering array (each pair of choices is met once at least) in place of the whole product, `--two` such
+an array in two processes, with weights copied or spread, `--more` the families of the table MORE too, `--only` the
+cells whose name the regular expression finds, and `--logs` keeps what the failed cells printed. Modules are imported
+once, and every cell is a forked child, so that it costs a second or two.
 Exit code 0 if no cell failed.
 """
 import argparse
 import collections
 import dataclasses
 import functools
+import gc
 import importlib
 import itertools
 import json
@@ -180,6 +182,7 @@ REFUSED = [
     (dict(family='gptj', prefix='disk'), 'does not hand arguments on to its layers'),
     (dict(processes=2, prefix='memory'), 'share kept states through a file'),
     (dict(processes=2, micro=2), 'has work for 1 of 2 processes'),
+    (dict(spread=True, choice='rotate'), 'rotate changes what trains'),
 ]  # (choices of a cell as a dict, words of the refusal's line): all cells with these choices are refused
 
 
@@ -197,11 +200,12 @@ class Cell:
     # what trains: the last layers and the head (`freeze`), one at a time (`rotate`), two in the `middle`, `lora`
     choice: str
     processes: int = 1  # that train together
+    spread: bool = False  # the weights are spread over them (FSDP2), not copied (DDP)
 
     def __str__(self):
         words = [self.family, f'prefix={self.prefix}', f'ac={self.ac}', f'loss={self.loss}', f'micro={self.micro}']
         words += [self.dtype, 'killed' if self.killed else 'whole', self.generation, self.choice]
-        words += [f'{self.processes} processes']*(self.processes > 1)
+        words += [f'{self.processes} processes', 'FSDP2' if self.spread else 'DDP']*(self.processes > 1)
         return ' '.join(words)
 
     @property
@@ -223,7 +227,12 @@ TWO = [
     Cell('gemma2', 'disk', 0, 'all', 1, 'bf16', False, 'new', 'freeze', 2),
     Cell('llama', 'memory', 0, 'all', 1, 'fp32', False, 'new', 'freeze', 2),
     Cell('phi3', 'off', 0, 'all', 2, 'fp32', False, 'new', 'freeze', 2),
+    Cell('olmo2', 'off', 0, 'all', 1, 'fp32', False, 'new', 'rotate', 2, True),
 ]  # cells in two processes: each choice of what trains, and what is refused
+# what else there is in two processes; the choices that are left out are refused, see TWO
+IN_TWO = OPTIONS | dict(prefix=['off', 'disk'], micro=[1], processes=[2], spread=[False, True])
+# as accelerate launch says it
+FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP')
 
 
 def product(families):
@@ -236,10 +245,20 @@ def met(cells):
     return collections.Counter(two for cell in cells for two in itertools.combinations(cell.choices, 2))
 
 
-def pairs(families):
-    "Few cells, in which each two choices of two options meet once at least, and none much more often than others."
+def refusals(choices):
+    "What the table of refusals says about choices, all of them or the first few."
+    return [text for refused, text in REFUSED if refused.items() <= choices.items()]
+
+
+def pairs(families, options=OPTIONS, refused=True):
+    """Few cells, in which each two choices of two options meet once at least, and none much more often than others;
+    without `refused` those two that are not refused, in cells that are not."""
     from allpairspy import AllPairs
-    cells = [Cell(*choices) for choices in AllPairs([list(families), *OPTIONS.values()])]
+    names = [field.name for field in dataclasses.fields(Cell)]
+
+    def wanted(choices):
+        return refused or not refusals(dict(zip(names, choices)))
+    cells = [Cell(*choices) for choices in AllPairs([list(families), *options.values()], filter_func=wanted)]
     all_pairs = met(cells).keys()
 
     def unevenness(cells):
@@ -247,18 +266,16 @@ def pairs(families):
         return sum(n*n for n in pairs_met.values()) if pairs_met.keys() == all_pairs else math.inf
 
     for i in range(len(cells)):  # the array's last cells are much alike: a choice that no pair rests on may be another
-        for name, choices in OPTIONS.items():
+        for name, choices in options.items():
             others = [dataclasses.replace(cells[i], **{name: choice}) for choice in choices]
+            others = [other for other in others if wanted(dataclasses.astuple(other))]
             cells[i] = min(others, key=lambda other: unevenness(cells[:i] + [other] + cells[i+1:]))
     return cells
 
 
 def promised(cell):
     "The text that a cell's refusal must have, or None where it must not be refused."
-    for choices, text in REFUSED:
-        if all(getattr(cell, name) == value for name, value in choices.items()):
-            return text
-    return None
+    return next(iter(refusals(dataclasses.asdict(cell))), None)
 
 
 # ---- what the runs are made of ----
@@ -494,6 +511,7 @@ def kill_at(step):
 def train_in_all(folder, cell, resume=False):
     "Train in the cell's number of processes: this one is the first, and the others are its children."
     port = several.free_port()
+    os.environ |= FSDP if cell.spread else {}
 
     def other(number):
         several.member(number, cell.processes, port)
@@ -694,6 +712,7 @@ def fork(work):
     if pid:
         return pid
     code = 1
+    gc.freeze()  # what was there before need not be looked through, nor copied
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(LIMIT)
@@ -765,11 +784,15 @@ def main(argv=None):
     parser.add_argument('--only', default='', metavar='REGEX', help='the cells whose name this finds')
     parser.add_argument('--pairs', action='store_true', help='each pair of choices once at least, not the product')
     parser.add_argument('--more', action='store_true', help='the families of the table MORE too')
-    parser.add_argument('--two', action='store_true', help='only the cells of the table TWO, in two processes')
+    parser.add_argument('--two', action='store_true', help='in two processes, DDP and FSDP2: the table TWO, and each '
+                                                           'pair of choices once at least')
     parser.add_argument('--logs', type=Path, metavar='FOLDER', help='keep there what failed cells printed')
     args = parser.parse_args(argv)
     families = list(FAMILIES | MORE) if args.more else list(FAMILIES)
-    cells = TWO if args.two else (pairs if args.pairs else product)(families)
+    if args.two:
+        cells = TWO + pairs(families, IN_TWO, refused=False)
+    else:
+        cells = (pairs if args.pairs else product)(families)
     cells = [cell for cell in cells if re.search(args.only, str(cell))]
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -39,6 +39,23 @@ def test_bench(tiny, rows, tmp_path):
         assert secret not in out.read_text()
 
 
+@pytest.mark.slow
+def test_scale(tiny, rows, tmp_path):
+    "benchmarks/scale.py: three arms in a round, six jobs around kept states; only the first of each pair fills them."
+    out = tmp_path/'result.json'
+    cmd = [sys.executable, root/'benchmarks'/'scale.py', '--rounds', 1, '--steps', 4, '--rows', 30, '--model', tiny,
+           '--n-freeze', 2, '--seq-len', 512, '--out', out]
+    r = subprocess.run(list(map(str, cmd)), capture_output=True, text=True, timeout=600)
+    assert r.returncode == 0, r.stderr[-2000:]
+    d = json.loads(out.read_text())
+    assert len(d['rounds'][0]) == len(d['ratios']) == 3 and all(len(v) == 1 for v in d['ratios'].values())
+    sent = [job['rows_through_frozen_layers'] for job in d['sharing']]
+    assert sent[0] == sent[3] > 0 and sent[1:3] == sent[4:] == [0, 0]
+    assert len({job['bytes_on_disk'] for job in d['sharing']}) == 1 and d['sharing'][0]['bytes_on_disk'] > 0
+    for secret in (str(tmp_path), str(Path.home()), os.uname().nodename):
+        assert secret not in out.read_text()
+
+
 def test_quoted():
     "benchmarks/README.md and the front page say what the results say that they name."
     page = (root/'benchmarks'/'README.md').read_text(encoding='utf-8')

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import several
 
 from alpaca_ft import Refused, load_alpaca, read_rows
 
@@ -310,13 +311,8 @@ def test_near_duplicates_in_a_run(here, tiny, command):
 
 def test_near_duplicates_without_the_library(here, tiny):
     "Refused in one line before anything is read or written."
-    code = (
-        "import importlib.util as u; find = u.find_spec; "
-        "u.find_spec = lambda n, *a: None if n == 'datasketch' else find(n, *a)\nimport sys\n"
-        "from alpaca_ft.cli import main; "
-        "sys.exit(main(['train', '--data', 'nowhere.jsonl', '--near-duplicates', '0.8', '--out', 'run']))"
-    )
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    r = several.command('train', '--data', 'nowhere.jsonl', '--near-duplicates', 0.8, '--out', 'run',
+                        before=lambda: several.absent('datasketch'))
     assert (r.returncode, r.stdout, len(r.stderr.splitlines())) == (
         2,
         '',

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import several
 import torch
 
 HERE = Path(__file__).parent
@@ -82,9 +83,9 @@ def losses(out):
 def on_cpu(tiny, rows, tmp_path_factory):
     "The same run on the CPU."
     out = tmp_path_factory.mktemp('cpu')/'run'
-    command = [sys.executable, '-m', 'alpaca_ft', 'train', '--model', tiny, '--data', rows, *TRAIN, '--dtype', 'fp32']
-    env = os.environ | dict(CUDA_VISIBLE_DEVICES='')
-    subprocess.run([*map(str, command), '--out', str(out)], check=True, capture_output=True, env=env)
+    argv = ['train', '--model', tiny, '--data', rows, *TRAIN, '--dtype', 'fp32', '--out', out]
+    done = several.command(*argv, env=dict(CUDA_VISIBLE_DEVICES=''))
+    assert done.returncode == 0, done.stderr
     return losses(out)
 
 

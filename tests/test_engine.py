@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import several
 import torch
 
 from alpaca_ft import RunConfig, Refused, train
@@ -30,9 +31,6 @@ def run_config(tiny, rows, out, **kw):
     return RunConfig(**common | kw)
 
 
-def command(*argv, **kw):
-    "The command in a process of its own."
-    return subprocess.run([sys.executable, '-m', 'alpaca_ft', *map(str, argv)], capture_output=True, text=True, **kw)
 
 
 def copy_model(tiny, to):
@@ -119,11 +117,10 @@ def test_signal_while_the_model_is_saved(here, tiny, rows, monkeypatch):
 
 def test_two_runs_started_together(here, tiny, rows):
     "They get two folders, each with its own run."
-    begin = [subprocess.Popen([sys.executable, '-m', 'alpaca_ft', 'train', '--model', str(tiny), '--data', str(rows),
-                               *OPTIONS, '--max-steps', '3', '--seed', str(seed)], stderr=subprocess.PIPE)
+    begin = [several.Command('train', '--model', tiny, '--data', rows, *OPTIONS, '--max-steps', 3, '--seed', seed)
              for seed in (1, 2)]
     for p in begin:
-        assert p.wait() == 0, p.stderr.read()
+        assert p.wait() == 0, p.stderr
     found = sorted(Path('runs').iterdir())
     import yaml
     seeds = {yaml.safe_load((f/'config.yaml').read_text())['seed'] for f in found}
@@ -286,30 +283,28 @@ def test_damaged_states_are_made_anew(here, tiny, rows, cache, capfd):
 
 
 def test_full_disk_while_states_are_written(here, tiny, rows, cache):
-    "No file may grow beyond 100 kB: one line, not SIGBUS."
-    code = ('import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); '
-            'from alpaca_ft.cli import main; sys.exit(main())')
+    "No file may grow beyond 300 kB: one line, not SIGBUS."
     args = ['train', '--model', tiny, '--data', rows, *OPTIONS, '--epochs', '3', '--prefix-cache', 'disk', '--out',
             'run']
-    r = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
+    r = several.command(*args, before=lambda: several.file_limit(300_000))
     assert r.returncode == 2 and 'cannot be written' in r.stderr.splitlines()[-1], r.stderr
     assert not list(cache.rglob('*.part')) and not list(cache.rglob('*.bin')) and not Path('run').exists()
 
 
 def test_killed_while_states_are_written(here, tiny, rows, cache):
-    code = ('import os, signal, sys, alpaca_ft.prefix as p\n'
-            'old, n = p.Trunk.forward, [0]\n'
-            'def forward(*a):\n'
-            '    n[0] += 1\n'
-            '    if n[0] == 10: os.kill(os.getpid(), signal.SIGKILL)\n'
-            '    return old(*a)\n'
-            'p.Trunk.forward = forward\n'
-            'from alpaca_ft.cli import main\n'
-            'sys.exit(main())')
-    args = [*map(str, ['train', '--model', tiny, '--data', rows, *OPTIONS, '--epochs', '3', '--prefix-cache', 'disk'])]
-    r = subprocess.run([sys.executable, '-c', code, *args, '--out', 'killed'], capture_output=True, text=True)
+    def killed_at_the_tenth():
+        from alpaca_ft.prefix import Trunk
+        plain, calls = Trunk.forward, []
+        def forward(*args):
+            calls.append(args)
+            if len(calls) == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*args)
+        Trunk.forward = forward
+    args = ['train', '--model', tiny, '--data', rows, *OPTIONS, '--epochs', '3', '--prefix-cache', 'disk']
+    r = several.command(*args, '--out', 'killed', before=killed_at_the_tenth)
     assert r.returncode == -signal.SIGKILL and list(cache.rglob('*.part'))
-    r = globals()['command'](*args, '--out', 'killed', '--resume')
+    r = several.command(*args, '--out', 'killed', '--resume')
     assert r.returncode == 0 and not list(cache.rglob('*.part')) and len(list(cache.rglob('*.bin'))) == 1, r.stderr
 
 
@@ -508,14 +503,14 @@ def test_head_alone_is_said(here, tiny, rows, command):
 def test_processes_that_cannot_meet(here, tiny, rows):
     "Started without a launcher's words: refused in one line, before anything is loaded."
     begin = time.time()
-    r = command('train', '--model', tiny, '--data', rows, *OPTIONS, env=os.environ | dict(WORLD_SIZE='2', RANK='0'))
+    r = several.command('train', '--model', tiny, '--data', rows, *OPTIONS, env=dict(WORLD_SIZE='2', RANK='0'))
     said = 'alpaca_ft: 2 processes (WORLD_SIZE), but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set'
     assert r.returncode == 2 and r.stderr.startswith(said), r.stderr
     assert len(r.stderr.splitlines()) == 1 and not Path('runs').exists() and time.time() - begin < 60
 
 
 def test_module_is_the_command():
-    r = command('--help')
+    r = subprocess.run([sys.executable, '-m', 'alpaca_ft', '--help'], capture_output=True, text=True)
     assert r.returncode == 0 and 'alpaca_ft' in r.stdout
     r = subprocess.run([sys.executable, '-m', 'alpaca_ft.cli', '--help'], capture_output=True, text=True)
     assert r.returncode == 0 and 'train' in r.stdout

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import several
 import torch
 
 from alpaca_ft import RunConfig
@@ -31,15 +32,15 @@ def test_signal(when, here, tiny, rows):
     """SIGTERM in a step or an evaluation: exit 75, a checkpoint of the last step that was logged, and a command that
     ends the run."""
     args = ['--model', tiny, '--data', rows, *OPTIONS, '--epochs', 20, '--eval-every', 5, '--out', 'run']
-    p = subprocess.Popen([sys.executable, '-c', 'import sys; from alpaca_ft.cli import main; sys.exit(main())', 'train',
-                          *map(str, args)], stderr=subprocess.PIPE, text=True)
+    p = several.Command('train', *args)
     log = Path('run/metrics.jsonl')
     while p.poll() is None and not (log.exists()
                                     and any(f'"{when}"' in l
                                             and '"step": 0' not in l for l in log.read_text().splitlines())):
         time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
-    err = p.communicate(timeout=120)[1]
+    p.wait()
+    err = p.stderr
     assert p.returncode == 75 and not Path('run/model').exists(), err
     last = max(json.loads(l)['step'] for l in log.read_text().splitlines())
     assert [c.name for c in checkpoints(Path('run'))] == [f'step-{last}']
@@ -87,10 +88,8 @@ def test_only_what_trains(here, tiny, rows):
 def test_full_disk(here, tiny, rows):
     """No file may grow beyond 250 kB, so the optimizer's part of a checkpoint fails: one line, exit 1, no half
     checkpoint."""
-    code = ('import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000)); '
-            'from alpaca_ft.cli import main; sys.exit(main())')
     args = ['train', '--model', tiny, '--data', rows, *OPTIONS, '--save-every', 2, '--out', 'run']
-    r = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
+    r = several.command(*args, before=lambda: several.file_limit(250_000))
     assert r.returncode == 1 and 'Traceback' not in r.stderr, r.stderr
     assert re.match(r'alpaca_ft: run: .*(File too large|os error 27).*a checkpoint takes .*no checkpoint was saved',
                     r.stderr.splitlines()[-1]), r.stderr

@@ -4,11 +4,11 @@ pass goes on where it stood."""
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
+import several
 import torch
 
 from alpaca_ft import Refused, RunConfig, train
@@ -166,21 +166,19 @@ def test_memory_and_cache(folder_of, rows, tmp_path, monkeypatch, capsys):
     assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
 
 
-CHILD = '''
-import sys, time
-from alpaca_ft import layers, prefix
-from alpaca_ft.run import train
-from alpaca_ft import RunConfig
-plain = layers.OnDisk.write
-def write(self, stage, row, out):
-    plain(self, stage, row, out)
-    if stage == 2 and row == self.pause: print('there', flush=True); time.sleep(60)
-layers.OnDisk.write, layers.OnDisk.pause = write, 17
-train(RunConfig(**eval(sys.argv[1])))
-'''
+def slow_at_a_row():
+    "In a child: a long rest in the middle of the second layer."
+    from alpaca_ft import layers
+    plain = layers.OnDisk.write
+    def write(self, stage, row, out):
+        plain(self, stage, row, out)
+        if stage == 2 and row == 17:
+            Path('there').touch()
+            time.sleep(60)
+    layers.OnDisk.write = write
 
 
-def test_killed(folder_of, rows, tmp_path, monkeypatch, capsys):
+def test_killed(folder_of, rows, here, tmp_path, monkeypatch, capsys):
     """Killed in the middle of a layer, resumed there; what a broken disk changed meanwhile is noticed, and all begins
     again."""
     folder, cache = folder_of('qwen3'), tmp_path/'cache'
@@ -189,14 +187,13 @@ def test_killed(folder_of, rows, tmp_path, monkeypatch, capsys):
     wanted = kept(tmp_path/'other')
     monkeypatch.setenv('ALPACA_FT_CACHE', str(cache))
     kw = options(folder, rows) | dict(out=str(tmp_path/'run'), layer_by_layer=True)
-    with subprocess.Popen(
-        [sys.executable, '-c', CHILD, repr(kw)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads())),
-    ) as child:
-        assert child.stdout.readline() == b'there\n'
-        child.send_signal(signal.SIGKILL)
+    def first():
+        slow_at_a_row()
+        train(RunConfig(**kw))
+    pid = several.fork(first, str(tmp_path/'log'))
+    several.until(Path('there').exists)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     [part] = (cache/'prefix').glob('*.layers')
     before = part.read_bytes()
     with open(part.with_suffix('.layers.jsonl'), 'a') as f:

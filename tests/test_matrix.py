@@ -1,7 +1,9 @@
 """Models and options in pairs: any two choices meet in a run that is held against a plain loop.
 
-`python tests/matrix.py` tries the whole product.
+`python tests/matrix.py` tries the whole product, and with `--two` all pairs in two processes.
 """
+import itertools
+
 import pytest
 
 import matrix
@@ -28,6 +30,18 @@ def test_cell(cell, parts):
     "The run ends as the oracle says, or is refused as promised."
     outcome, words, log = matrix.one(parts, cell)
     assert outcome != 'FAILED', f'{words}\n{log}'
+
+
+def test_all_pairs_in_two():
+    "In two processes too, DDP and FSDP2, but for those that are refused."
+    cells = matrix.pairs(matrix.FAMILIES, matrix.IN_TWO, refused=False)
+    assert not any(matrix.promised(cell) for cell in cells)
+    choices = dict(family=list(matrix.FAMILIES)) | matrix.IN_TWO
+    missing = []
+    for one, other in itertools.combinations(choices, 2):
+        there = {(getattr(cell, one), getattr(cell, other)) for cell in cells}
+        missing += [two for two in itertools.product(choices[one], choices[other]) if two not in there]
+    assert missing == [('rotate', True)]
 
 
 def test_all_pairs():

@@ -14,7 +14,7 @@ notebooks = sorted((root/'nbs').glob('*.ipynb'))
 chapters = {m[1]: p for p in notebooks if (m := re.search(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8')))}
 # a module imports from those before it
 ORDER = ('checks formats data files processes options templates prompts packing model manifest gguf_file sampling '
-         'trainer evaluate prefix speed memory layers checkpoints tracking report run use cli').split()
+         'trainer stream evaluate prefix speed memory layers checkpoints tracking report run use cli').split()
 
 
 def python(code):

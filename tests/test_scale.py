@@ -116,6 +116,45 @@ def test_states_are_shared(argv):
     assert not list(Path('cache/prefix').glob('*.part')) and furthest('made', 'anew') == 0
 
 
+def test_fewer_rows_than_processes(argv, rows):
+    "Four processes and two packed rows, whose states two of them compute: a share may be empty."
+    two = rows.read_text().splitlines()[:2]
+    for name, line in zip(('train', 'held'), two):
+        Path(f'{name}.jsonl').write_text(line + '\n')
+    more = ['--data', 'train.jsonl', '--eval-data', 'held.jsonl', '--n-samples', 0, '--max-steps', 3]
+    good(*several.run(4, argv('off', *more)))
+    good(*several.run(4, argv('shared', *more, '--prefix-cache', 'disk')))
+    codes, logs = several.run(4, argv('again', *more, '--prefix-cache', 'disk'))
+    good(codes, logs)
+    assert 'is there from an earlier run' in logs[0]
+    assert furthest('off', 'shared') < 1e-5 and furthest('shared', 'again') == 0
+
+
+def test_killed_while_states_are_computed(argv):
+    "One of two dies with its share half written: nothing of it is used, and the next run computes all of them."
+    more = ['--prefix-cache', 'disk', '--n-samples', 0, '--max-steps', 2]
+
+    def dies(number):
+        import alpaca_ft.prefix as prefix
+        real = prefix.rows_states
+
+        def some(*args):
+            for n, states in enumerate(real(*args)):
+                if number == 1 and n == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield states
+        prefix.rows_states = some
+    codes, logs = several.run(2, argv('killed', *more), before=dies)
+    assert codes == [1, -9] and 'another process of this run has ended' in logs[0], (codes, logs)
+    assert not list(Path('cache/prefix').glob('*.bin'))
+    codes, logs = several.run(2, argv('next', *more))
+    good(codes, logs)
+    assert 'frozen layers, once' in logs[0] and 'from an earlier run' not in logs[0]
+    assert sorted(path.suffix for path in Path('cache/prefix').iterdir()) == ['.bin', '.json', '.lock']
+    good(*several.run(2, argv('off', *more, '--prefix-cache', 'off')))
+    assert furthest('off', 'next') < 1e-5
+
+
 def test_checkpoints_cross_over(argv):
     "SIGTERM to one of two stops both after the same step; one goes on, is stopped, and four end the run."
     good(*several.run(1, argv('whole')))
@@ -184,8 +223,7 @@ sys.exit(main())
     assert metrics('whole') == metrics('again') and apart('whole', 'again') == 0
 
 
-# as accelerate launch says it
-FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP')
+FSDP = matrix.FSDP
 
 
 def count_parts(number):

@@ -8,14 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import several
 
 root = Path(__file__).parent.parent
 OPTIONS = ['--n-freeze', '2', '--seq-len', '256', '--max-steps', '2', '--eval-every', '2', '--n-samples', '1',
            '--max-new-tokens', '2', '--save-every', '1']
 
 
-def alpaca_ft(*args, env=(), cwd=None, wait=True):
-    "The command in a process of its own, with a home of its own."
+def planted(*args, env=(), cwd=None):
+    "The command in a process of its own that was forked, with a home of its own."
+    e = {k: None for k in os.environ if k.startswith(('WANDB', 'HF_', 'HUGGING'))}
+    return several.Command(*args, env=e | dict(HOME=str(cwd or Path.cwd())) | dict(env), cwd=cwd)
+
+
+def alpaca_ft(*args, env=(), cwd=None):
+    "The command in a process of its own that was started, with a home of its own."
     e = {k: v for k, v in os.environ.items() if not k.startswith(('WANDB', 'HF_', 'HUGGING'))}
     e |= dict(HOME=str(cwd or Path.cwd()), OMP_NUM_THREADS='1',
               PYTHONPATH=os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])])) | dict(env)
@@ -23,10 +30,6 @@ def alpaca_ft(*args, env=(), cwd=None, wait=True):
                           *map(str, args)],
                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=e,
                          cwd=cwd)
-    return finished(p) if wait else p
-
-
-def finished(p):
     out, err = p.communicate(timeout=300)
     return p.returncode, out, err
 
@@ -57,8 +60,8 @@ class EvilTokenizer(PreTrainedTokenizerFast): pass
 
 def test_no_remote_code(untrusted, rows):
     for kind in ('known', 'unknown'):
-        code, out, err = alpaca_ft('check', '--model', f'./{kind}', '--data', rows, *OPTIONS,
-                                   env=dict(HF_HOME=str(untrusted/'hf')))
+        done = several.command('check', '--model', f'./{kind}', '--data', rows, *OPTIONS)
+        code, err = done.returncode, done.stderr
         assert not (untrusted/'sentinel').exists() and 'Traceback' not in err, (kind, err)
         assert code == 0 or code == 2 and len(err.splitlines()) == 1, err
     code, out, err = alpaca_ft('check', '--model', './known', '--data', rows, '--trust-remote-code', *OPTIONS,
@@ -174,16 +177,15 @@ def tracked(tmp_path_factory, tiny, rows):
     (hooks/'sitecustomize.py').write_text(RECORDER)
     recorded = dict(CONTACTS=str(hooks/'contacts'),
                     PYTHONPATH=os.pathsep.join([str(hooks), str(root), *filter(None, [os.environ.get('PYTHONPATH')])]))
-    cases = {'no key': recorded, 'no network': key | dict(WANDB_BASE_URL='http://127.0.0.1:9'),
+    cases = {'no network': key | dict(WANDB_BASE_URL='http://127.0.0.1:9'),
              'answers 500': key | dict(WANDB_BASE_URL=serve(Broken)), 'hangs': key | dict(WANDB_BASE_URL=serve(Silent))}
-    started = {}
+    done, args = {}, [*OPTIONS, '--track', 'wandb', '--out', 'run']
+    folder = tmp_path_factory.mktemp('tracked')
+    done['no key'] = folder, *alpaca_ft('train', '--model', tiny, '--data', 'builtin', *args, env=recorded, cwd=folder)
     for name, env in cases.items():
         folder = tmp_path_factory.mktemp('tracked')
-        started[name] = folder, alpaca_ft('train', '--model', tiny, '--data', 'builtin' if name == 'no key' else rows,
-                                          *OPTIONS, '--track', 'wandb', '--out', 'run', env=env, cwd=folder, wait=False)
-        if len(started) == 2:
-            [p.wait(200) for _, p in started.values()]  # two at a time
-    done = {k: (folder, *finished(p)) for k, (folder, p) in started.items()}
+        p = planted('train', '--model', tiny, '--data', rows, *args, env=env, cwd=folder)
+        done[name] = folder, p.wait(), p.stdout, p.stderr
     seen = (hooks/'contacts').exists() and (hooks/'contacts').read_text()
     subprocess.run([sys.executable, '-c', 'import urllib.request; urllib.request.urlopen("http://127.0.0.1:9")'],
                    env=os.environ | recorded, capture_output=True)

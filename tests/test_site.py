@@ -183,6 +183,17 @@ def test_readme_links():
     assert len(re.findall(r'colab\.research\.google\.com', text)) == len(chapters)
 
 
+def test_links_of_notebooks():
+    "Opened as notebooks, in Jupyter or in a Git forge, they lead somewhere too."
+    import nbformat
+    for path in (root/'nbs').glob('*.ipynb'):
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == 'markdown':
+                for link in re.findall(r'\]\(([^)\s]+)\)', cell.source):
+                    if not urlparse(link).scheme and not link.startswith('#'):
+                        assert (path.parent/link.split('#')[0]).exists(), (path.name, link)
+
+
 def test_drawings(tmp_path):
     "The drawings are those of tools/draw.py, and each is shown somewhere, with words for those who cannot see it."
     subprocess.run([sys.executable, root/'tools'/'draw.py', tmp_path], check=True)

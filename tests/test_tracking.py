@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import several
 
 from alpaca_ft import Refused, RunConfig, load_alpaca, train
 
@@ -199,10 +200,7 @@ def test_trackio_absent(tiny, rows, here):
     "Refused before anything is written."
     argv = ['train', '--model', str(tiny), '--data', str(rows), '--n-freeze', '2', '--seq-len', '256',
             '--track', 'trackio', '--out', 'run']
-    code = ("import sys; sys.modules['trackio'] = None\nimport importlib.util as u; find = u.find_spec\n"
-            "u.find_spec = lambda n, *a: None if n == 'trackio' else find(n, *a)\n"
-            f"from alpaca_ft.cli import main; sys.exit(main({argv!r}))")
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    r = several.command(*argv, before=lambda: several.absent('trackio'))
     assert r.returncode == 2 and 'pip install trackio' in r.stderr and len(r.stderr.splitlines()) == 1
     assert not (here/'run').exists()
 
@@ -225,12 +223,8 @@ def test_push(tiny, rows, tmp_path, command):
     )
     about = json.loads(sent[0]['metadata'])
     assert about['evaluation']['last']['step'] == 1 and about['evaluation']['measured']['rows'] == 4
-    code = (
-        f"from alpaca_ft.cli import main; import sys; sys.exit(main(['export', {str(run.out)!r}, '--to', "
-        f"{str(tmp_path / 'other')!r}, '--push', 'hub:me/tuned']))"
-    )
     r = subprocess.run(
-        [sys.executable, '-c', code],
+        [sys.executable, '-m', 'alpaca_ft', 'export', run.out, '--to', tmp_path/'other', '--push', 'hub:me/tuned'],
         capture_output=True,
         text=True,
         env=os.environ | dict(HF_ENDPOINT='http://127.0.0.1:9', HF_TOKEN='hf_x'),

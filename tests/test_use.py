@@ -12,6 +12,7 @@ import select
 import time
 
 import pytest
+import several
 import torch
 
 from alpaca_ft import RunConfig, Refused, create_prompt_no_answer, load_alpaca, train
@@ -286,13 +287,9 @@ def test_chat_keeps_bos(tiny, tokenizer, tmp_path, monkeypatch, capsys):
 
 def shown_on_a_terminal(argv, **env):
     "What the command prints on a real terminal."
-    pid, fd = pty.fork()
-    if not pid:
-        os.execve(
-            sys.executable,
-            [sys.executable, '-m', 'alpaca_ft', *map(str, argv)],
-            {k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm') | env,
-        )
+    fd, terminal = pty.openpty()
+    started = several.Command(*argv, env=dict(TERM='xterm', NO_COLOR=None) | env, terminal=os.ttyname(terminal))
+    os.close(terminal)
     seen = b''
     while select.select([fd], [], [], 120)[0]:
         try:
@@ -303,7 +300,7 @@ def shown_on_a_terminal(argv, **env):
             break
         seen += part
     os.close(fd)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, seen
+    assert started.wait() == 0, seen
     return seen.decode()
 
 
@@ -329,12 +326,7 @@ def test_colour(tiny, rows):
     for env in (dict(NO_COLOR='1'), dict(TERM='dumb')):
         seen = shown_on_a_terminal(argv, **env)
         assert '⟦' in seen and '\x1b[3' not in seen and '\x1b[2m' not in seen
-    piped = subprocess.run(
-        [sys.executable, '-m', 'alpaca_ft', *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(TERM='xterm'),
-    )
+    piped = several.command(*argv, env=dict(TERM='xterm'))
     assert piped.returncode == 0 and '⟦' in piped.stdout and '\x1b' not in piped.stdout
 
 
@@ -430,7 +422,6 @@ def test_question_and_answer(tiny, here, command):
     got = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [r['source'] for r in got] == list(range(200)), err
     assert all(r['generation'] and r['instruction'] == r['question'] and r['output'] == r['answer'] for r in got)
-    r = subprocess.run([sys.executable, '-m', 'alpaca_ft', 'chat', 'run', '--max-new-tokens', '6'], text=True,
-                       input='How many legs have 2 of the cat?\nAnd 3?\n/quit\n', capture_output=True, timeout=120)
+    r = several.command('chat', 'run', '--max-new-tokens', 6, given='How many legs have 2 of the cat?\nAnd 3?\n/quit\n')
     said = r.stdout.split('> ')
     assert r.returncode == 0 and len(said) == 4 and all(text.strip() for text in said[1:3]), r.stdout + r.stderr

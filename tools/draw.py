@@ -171,8 +171,49 @@ def checkpoint():
                                 'run and a manifest; frozen weights and rows are not in it')
 
 
+# ---- chapter 14: who holds what ----
+
+HELD = (('frozen layers', 'frozen'), ('layers that train', 'trains'), ('their gradients', 'end'), ('optimizer', 'end'))
+
+
+def process(x, y, number, piece):
+    "One process: its rows of a step, and what it holds, all of it or a piece."
+    parts = [words(x + 85, y, f'process {number}', 'bold', 'middle'),
+             words(x + 85, y + 18, f'rows {number} and {number + 2} of the step', 'small', 'middle')]
+    for i, (what, kind) in enumerate(HELD):
+        top = y + 28 + 34*i
+        if piece:
+            left = x + 85*number
+            parts += [box(x, top, 170, 28, 'off'), box(left, top, 85, 28, kind)]
+            parts.append(words(x + 85, top + 18, what, 'small', 'middle'))
+        else:
+            parts.append(box(x, top, 170, 28, kind, what))
+    return parts
+
+
+def both_ways(x, y):
+    "A short arrow to both sides."
+    return f'<path class="line" d="M{x} {y} h34" marker-end="url(#a)"/><path class="line" d="M{x + 34} {y} h-34" ' \
+           'marker-end="url(#a)"/>'
+
+
+def who_holds_what():
+    "Two processes under DDP and under FSDP2: what each has, what goes between them, what is there once."
+    parts = []
+    for x, way, piece in ((16, 'DDP: all of it in each', False), (456, 'FSDP2: a piece of it in each', True)):
+        parts += [words(x, 24, way, 'bold'), *process(x, 54, 0, piece), *process(x + 214, 54, 1, piece)]
+        parts += [both_ways(x + 175, y) for y in ((96, 130, 164) if piece else (164,))]
+        parts.append(box(x, 250, 384, 28, 'kept', 'kept states of the frozen layers: one file, read by both'))
+        parts.append(box(x, 284, 384, 28, 'paper', 'run folder, log, checkpoints, report: by process 0'))
+    parts += [words(16, 236, 'sent: the gradients, once a step', 'small'),
+              words(456, 236, 'sent: each layer when its turn comes, then the gradients', 'small')]
+    return svg(856, 328, parts, 'Under DDP each of two processes holds all frozen and trained layers, gradients and '
+                                'optimizer state, and gradients are sent; under FSDP2 each holds one half of them, and '
+                                'layers are sent too; kept states and run folder exist once')
+
+
 PICTURES = {'answers': answers, 'masked': masked, 'packed': packed, 'trunk-and-tail': trunk_and_tail,
-            'checkpoint': checkpoint}
+            'checkpoint': checkpoint, 'who-holds-what': who_holds_what}
 
 
 if __name__ == '__main__':

@@ -152,15 +152,14 @@ def colab(text):
     s = settings()
     url = f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}"
     return re.sub(r'^(\| \[[^]]+\]\((nbs/[\w]+\.ipynb)\) \| .*?) \|$',
-                  rf'\1 [![Open in Colab](images/colab.svg)]({url}/\2) |', text, flags=re.M)
+                  rf'\1 [![Open in Colab](nbs/images/colab.svg)]({url}/\2) |', text, flags=re.M)
 
 
 def readme():
     text, pictures = markdown(root/'nbs'/'index.ipynb', api=False)
-    text = colab(text)
-    text = '<!-- rendered from nbs/index.ipynb by tools/render.py; edit the notebook -->\n\n' + text.replace('(images/',
-            '(nbs/images/')
-    (root/'README.md').write_text(text, encoding='utf-8')
+    text = colab(re.sub(r'\]\((?=images/|\w+\.ipynb)', '](nbs/', text).replace('](../', ']('))
+    head = '<!-- rendered from nbs/index.ipynb by tools/render.py; edit the notebook -->\n\n'
+    (root/'README.md').write_text(head + text, encoding='utf-8')
 
 
 def site(folder):
@@ -171,8 +170,8 @@ def site(folder):
     (folder/'api.md').write_text(api(), encoding='utf-8')
     for p in notebooks:
         text, pictures = markdown(p)
-        text = text.replace('](nbs/', '](').replace('.ipynb)', '.md)').replace('](benchmarks/',
-                f"]({s['git_url']}/blob/{s['branch']}/benchmarks/")
+        text = text.replace('](../benchmarks/', f"]({s['git_url']}/blob/{s['branch']}/benchmarks/")
+        text = re.sub(r'\]\((\w+)\.ipynb(#[^)]*)?\)', r'](\1.md\2)', text).replace('](../', '](')
         (folder/f'{p.stem}.md').write_text(text, encoding='utf-8')
         for name, data in pictures.items():
             (folder/name).parent.mkdir(exist_ok=True)
