@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'shards', 'header', 'empty_model', 'where_weights_are', 'read_weights', 'Large', 'layer_places', 'load_upper',
-           'check_names', 'room', 'too_large', 'small_enough', 'fetched', 'why_not_by_layer', 'large_model', 'order',
-           'InMemory', 'OnDisk', 'checksum', 'Reached', 'Embedding', 'one_stage', 'state_kind', 'send_through',
-           'forget_embedding', 'states_by_layer', 'new_header', 'pieces', 'tensor_pieces', 'write_shard', 'check_shard',
-           'write_about', 'try_saving_about', 'save_by_shard', 'unpermute_rows', 'gguf_names', 'gguf_weight',
-           'unpack_gguf', 'as_folder']
+           'check_names', 'room', 'too_large', 'small_enough', 'spare_memory', 'fetched', 'why_not_by_layer',
+           'large_model', 'order', 'InMemory', 'OnDisk', 'checksum', 'Reached', 'Embedding', 'one_stage', 'state_kind',
+           'send_through', 'forget_embedding', 'states_by_layer', 'new_header', 'pieces', 'tensor_pieces',
+           'write_shard', 'check_shard', 'write_about', 'try_saving_about', 'save_by_shard', 'unpermute_rows',
+           'gguf_names', 'gguf_weight', 'unpack_gguf', 'as_folder']
 
 # %% ../nbs/a10_layers.ipynb #a9-003
 import json
@@ -199,6 +199,13 @@ def small_enough(
     if folder is None:
         return False
     return 10*sum(file.stat().st_size for file in shards(folder)) < room(place.device)
+
+def spare_memory(
+    model_id:str,  # `demo`, a folder, or a hub id
+    place:Place,  # device
+)->bool:  # whether freed memory goes back at once from now on
+    "Before a model is loaded: let malloc keep nothing large, where memory may be short."
+    return place.device.type == 'cpu' and not small_enough(model_id, place) and give_back_at_once()
 
 # %% ../nbs/a10_layers.ipynb #a9-032
 def fetched(

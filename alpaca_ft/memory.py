@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'UNITS', 'Tally', 'no_contents', 'twin', 'bytes_of', 'full_rows', 'make_batches', 'watch', 'step_peaks',
-           'moments', 'resident', 'at_work_already', 'give_back_at_once', 'is_short', 'GiveBack', 'whole_bytes',
-           'large_moments', 'memory_plan', 'gigabytes', 'memory_table', 'as_bytes', 'harmless', 'harder', 'flags',
-           'worst', 'fitting', 'fit_lines', 'counted_advice', 'planned']
+           'moments', 'resident', 'at_work_already', 'give_back_at_once', 'GiveBack', 'whole_bytes', 'large_moments',
+           'memory_plan', 'gigabytes', 'memory_table', 'as_bytes', 'harmless', 'harder', 'flags', 'worst', 'fitting',
+           'fit_lines', 'counted_advice', 'planned']
 
 # %% ../nbs/a5_memory.ipynb #a5-002
 import copy
@@ -24,7 +24,7 @@ from .data import Refused
 from .model import (Choice, Place, Tail, Trunk, apply_choice, at_work, checkpoint_trained, decoder_layers,
                              memory_estimate, resolve_choice)
 from .options import RunConfig
-from .prefix import available_memory, give_back_memory, why_no_states
+from .prefix import give_back_memory, why_no_states
 from .speed import Step, ways
 from .trainer import PackedLoss, StepCollator, check_optim
 
@@ -251,14 +251,6 @@ def give_back_at_once(
         return bool(ctypes.CDLL(None).mallopt(-3, size))  # M_MMAP_THRESHOLD of glibc
     except (OSError, AttributeError, TypeError):
         return False  # another system
-
-# %% ../nbs/a5_memory.ipynb #a5-gb2
-def is_short(
-    worst:int,  # bytes of a run's worst moment
-    place:Place,  # device
-)->bool:
-    "Whether a run takes so much of the machine's memory that none should be left lying about."
-    return place.device.type == 'cpu' and worst > (available_memory() + resident())/2
 
 # %% ../nbs/a5_memory.ipynb #a5-gb4
 class GiveBack(TrainerCallback):

@@ -6,10 +6,10 @@
 __all__ = ['LOCK', 'NOT_BEGUN', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'the_folder', 'check_share',
            'untracked', 'started_again', 'read_and_pack', 'stream_report', 'pack_rows', 'check_fit', 'load_whole',
            'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'measure_step', 'decide_states',
-           'decide_by_layer', 'preflight', 'known', 'count_memory', 'spare_memory', 'notes', 'check', 'memory_lines',
-           'config_alone', 'prepare_shape', 'agree', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin',
-           'keep_states', 'keep_by_layer', 'what_trains', 'build_trainer', 'stopped_by_rows', 'train_steps',
-           'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line', 'finish']
+           'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check', 'memory_lines', 'config_alone',
+           'prepare_shape', 'agree', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states',
+           'keep_by_layer', 'what_trains', 'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued',
+           'save_result', 'what_is_left', 'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -31,13 +31,13 @@ from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
 from .data import Refused, as_dataset, check_near, near_duplicates, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
-from .layers import (Large, as_folder, large_model, save_by_shard, shards, state_kind, states_by_layer,
-                              try_saving_about)
+from .layers import (Large, as_folder, large_model, save_by_shard, shards, spare_memory, state_kind,
+                              states_by_layer, try_saving_about)
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
 from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, _load, apply_choice, at_work, has_adapter,
                     load_model, load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
 from .memory import (GiveBack, as_bytes, at_work_already, bytes_of, counted_advice, fit_lines, fitting,
-                              give_back_at_once, is_short, memory_table, planned, twin)
+                              memory_table, planned, twin)
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
 from .prefix import (WholeModel, decide, give_back_memory, packed_lengths, states_in_memory, states_on_disk,
@@ -358,7 +358,9 @@ def prepare(
     check_optim(cfg.optim)
     read_and_pack(run)
     run.report['process_bytes'] = at_work_already(run.place.dtype)
+    run.report['gives_back'] = spare_memory(cfg.model, run.place)
     run.large = large_model(cfg, run.place)
+    run.report['gives_back'] |= bool(run.large) and run.place.device.type == 'cpu'
     if run.large and cfg.stream:
         raise Refused(f'{cfg.model}: is too large to be loaded as a whole, and to read it layer by layer keeps states '
                       'of all rows, which a stream does not have; leave --stream out, or use a smaller model')
@@ -537,7 +539,7 @@ def preflight(
     run.report['model_bytes'] = bytes_of(model.parameters())
     count_memory(run)
     if measure:
-        spare_memory(run)
+        give_back_memory()
     return run.report
 
 # %% ../nbs/16_run.ipynb #16-cm1
@@ -558,15 +560,6 @@ def count_memory(
     r['memory_bytes'] = by | dict(total=sum(by.values()))
     r['memory_uncounted'] = why
 
-def spare_memory(
-    run,  # Run after `count_memory`; its report says whether freed memory goes back at once
-)->None:
-    "Return what the checks have left; where memory is short, keep nothing that was freed from now on."
-    worst = max(run.report['memory_moments'].values())
-    short = bool(run.large) or is_short(worst, run.place)
-    run.report['gives_back'] = short and run.place.device.type == 'cpu' and give_back_at_once()
-    give_back_memory()
-
 # %% ../nbs/16_run.ipynb #16-055
 def notes(
     run,  # Run after `preflight`
@@ -582,7 +575,7 @@ def notes(
     if run.report.get('prefix_says'):
         lines.append(f"frozen layers: {run.report['prefix_says']}")
     if run.report.get('gives_back'):
-        lines.append('memory is short, so what was freed goes back to the system at once (a little slower)')
+        lines.append('memory may be short, so what was freed goes back at once (a little slower)')
     if run.large and run.cfg.n_samples:
         lines.append('samples: left out, for they need every layer for every token')
     if still := run.report.get('without_gradient'):

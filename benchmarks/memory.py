@@ -5,7 +5,7 @@ usage: python benchmarks/memory.py [--only REGEX] [--out FILE]
 Models of random weights are trained for two steps by `alpaca_ft.train` on rows of 1024 tokens. The kernel's mark of the
 most resident memory (VmHWM) is cleared before a step and read after its backward pass and after its update; the same
 for the evaluations, and for the whole run, with loading, checks and saving. It is done twice: with malloc as it comes,
-and as it is where memory is short, when what was freed goes back at once (`give_back_at_once`). Linux only.
+and as it is where memory may be short, when what was freed goes back at once (`give_back_at_once`). Linux only.
 """
 import argparse
 import json
@@ -109,9 +109,9 @@ def marks(peaks):
 def child(options, given_back):
     "Train two steps; print what was predicted and what was measured."
     import alpaca_ft.run as runs
-    from alpaca_ft.memory import memory_plan
+    from alpaca_ft.memory import give_back_at_once, memory_plan
     from alpaca_ft.options import RunConfig
-    runs.is_short = lambda *_: given_back  # as it would be, if the machine had less memory
+    runs.spare_memory = lambda *_: given_back and give_back_at_once()  # as if the machine had less memory, or more
     peaks, kept, build = dict(step=0, evaluation=0, run=0), {}, runs.build_trainer
 
     def before(run, *args, **kw):
