@@ -251,8 +251,11 @@ def stream():
     parts = [CURVES, *above, *below, words(x(4), 330, 'GB of the file that were read', 'small', 'end')]
     for run, kind, place in zip(found, ('blue', 'orange'), (x(1.5), x(2.6))):
         gb, points = run['bytes']/1e9, [p for p in run['points'] if p[1] > 0 and len(p) > 2]
-        some = points[::max(1, len(points)//50)]
-        rates = [(b[1]*gb, max(0, b[1] - a[1])*run['rows']/(b[0] - a[0])) for a, b in zip(some, some[1:])]
+        some = points[:1]
+        for p in points:
+            if p[0] >= some[-1][0] + 60:  # speed is that of a minute or more
+                some.append(p)
+        rates = [(b[1]*gb, (b[1] - a[1])*run['rows']/(b[0] - a[0])) for a, b in zip(some, some[1:]) if b[1] > a[1]]
         parts += [curve([(p[1]*gb, max(p[2:])/1024) for p in points], x, memory, kind), curve(rates, x, speed, kind),
                   words(place, 24, f"{run['processes']} process{'es' if run['processes'] > 1 else ''}", 'small'),
                   f'<path class="{kind}" d="M{place - 26:.1f} 20 H{place - 6:.1f}"/>']
