@@ -122,14 +122,15 @@ def words_of(args, steps, out):
 def watch(words, out, points, begin, until, stop_at=2.):
     "Run a command and add [seconds, part of the file, MiB of each process]; True where it has ended by itself."
     log = open(f'{out}.log', 'a')
-    child = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(
+    child = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | dict(
         OMP_NUM_THREADS='1', ALPACA_FT_CACHE=f'{out}-cache'))
     while child.poll() is None:
         memory = [resident(pid) for pid in trainers_of(child.pid)]
         part = last_line(Path(out)/'metrics.jsonl').get('epoch', 0)
         points.append([round(time.time() - begin, 1), part, *(round(mib) for mib in memory if mib)])
         if part >= stop_at or time.time() > until:
-            os.killpg(child.pid, signal.SIGKILL)
+            for pid in (child.pid, *trainers_of(child.pid)):  # those of a launcher are in groups of their own
+                os.kill(pid, signal.SIGKILL)
             child.wait()
             return False
         time.sleep(2)
@@ -158,11 +159,12 @@ def measure(args, n_rows, steps):
         before, killed_at = losses(out), time.time()
         ended = watch([*words, '--resume'], out, points, begin, until)
         after = losses(out)
-        first = next(p[0] for p in points if p[0] > killed_at - begin and p[1] > args.kill)
+        at, was = killed_at - begin, next(p[1] for p in reversed(points) if p[0] <= killed_at - begin)
+        back = next((p[0] for p in points if p[0] > at and p[1] < was), None)  # the log is cut: the first step comes
         again = [step for step in sorted(before) if step > max(before)//(steps//20)*(steps//20)]
         found['kill'] = dict(seconds=round(killed_at - begin, 1), after_step=max(before), steps_again=len(again),
                              same=all(before[step] == after[step] for step in again),
-                             seconds_to_where_it_was=round(first - killed_at + begin, 1))
+                             seconds_to_go_on=back and round(back - at, 1))
     found['loads'].append(os.getloadavg()[0])
     found['points'] = thinned(points)
     found.update(ended=ended, read=points[-1][1] if not ended else last_line(Path(out)/'metrics.jsonl')['epoch'],

@@ -212,8 +212,64 @@ def who_holds_what():
                                 'layers are sent too; kept states and run folder exist once')
 
 
+# ---- chapter 14: a stream ----
+
+CURVES = '''<style>
+.blue { stroke: #0072b2; fill: none } .orange { stroke: #d55e00; fill: none }
+@media (prefers-color-scheme: dark) { .blue { stroke: #56b4e9 } .orange { stroke: #e69f00 } }
+</style>'''
+STREAM_SPEED = 800  # rows a second at the top of the scale
+
+
+def curve(points, x, y, kind, style=''):
+    "A line through points; x and y say where a value stands."
+    path = ' '.join(f'{"L" if i else "M"}{x(a):.1f} {y(b):.1f}' for i, (a, b) in enumerate(points))
+    return f'<path class="{kind}" d="{path}" {style}/>'
+
+
+def panel(top, height, most, unit, x):
+    "An empty panel with a scale from 0 to `most`; a function that says where a value stands comes with it."
+    def y(value):
+        return top + height - height*value/most
+
+    parts = [words(16, top - 10, unit, 'small')]
+    for value in (0, most/2, most):
+        parts += [f'<path class="line" d="M{x(0):.1f} {y(value):.1f} H{x(4):.1f}" opacity=".25"/>',
+                  words(x(0) - 8, y(value) + 4, f'{value:g}', 'small', 'end')]
+    return parts, y
+
+
+def stream():
+    "Memory and speed while a file is read, by how much of it was read; `benchmarks/stream.py` has measured them."
+    found = json.loads((root/'benchmarks'/'results'/'2026-11-27-stream.json').read_text(encoding='utf-8'))['runs']
+
+    def x(gb):
+        return 70 + 165*gb
+
+    above, memory = panel(50, 100, 2, 'GiB resident (the process that has most)', x)
+    below, speed = panel(200, 100, STREAM_SPEED, 'rows a second', x)
+    parts = [CURVES, *above, *below, words(x(4), 330, 'GB of the file that were read', 'small', 'end')]
+    for run, kind, place in zip(found, ('blue', 'orange'), (x(1.5), x(2.6))):
+        gb, points = run['bytes']/1e9, [p for p in run['points'] if p[1] > 0 and len(p) > 2]
+        some = points[:1]
+        for p in points:
+            if p[0] >= some[-1][0] + 60:  # speed is that of a minute or more
+                some.append(p)
+        rates = [(b[1]*gb, (b[1] - a[1])*run['rows']/(b[0] - a[0])) for a, b in zip(some, some[1:]) if b[1] > a[1]]
+        parts += [curve([(p[1]*gb, max(p[2:])/1024) for p in points], x, memory, kind), curve(rates, x, speed, kind),
+                  words(place, 24, f"{run['processes']} process{'es' if run['processes'] > 1 else ''}", 'small'),
+                  f'<path class="{kind}" d="M{place - 26:.1f} 20 H{place - 6:.1f}"/>']
+        if kill := run.get('kill'):
+            at = next(p[1] for p in points if p[0] >= kill['seconds'] - 4)*gb
+            parts += [f'<path class="{kind}" stroke-dasharray="3 3" d="M{x(at):.1f} 46 V300"/>',
+                      words(x(at) + 4, 300 - 6*run['processes'], 'killed, resumed', 'small')]
+    for gb in range(5):
+        parts.append(words(x(gb), 316, str(gb), 'small', 'middle'))
+    return svg(760, 342, parts, 'Memory stays flat while a large file is read, by one process and by two')
+
+
 PICTURES = {'answers': answers, 'masked': masked, 'packed': packed, 'trunk-and-tail': trunk_and_tail,
-            'checkpoint': checkpoint, 'who-holds-what': who_holds_what}
+            'checkpoint': checkpoint, 'who-holds-what': who_holds_what, 'stream': stream}
 
 
 if __name__ == '__main__':
