@@ -121,6 +121,7 @@ def _parquet_rows(
     except Exception as e:
         raise Refused(f'{path}: not a readable Parquet file ({_first_line(e)})') from None
 
+# %% ../nbs/01_data.ipynb #f1252e6f-s1
 def _first_line(
     error:Exception,  # from another library
 )->str:  # what it says, short
@@ -210,6 +211,7 @@ def one_row(
     problem = problem or row_problem(row)
     return (raw, problem) if problem else (row | dict(input=row['input'] or ''), None)
 
+# %% ../nbs/01_data.ipynb #01-033-s1
 def checked(
     rows,  # (row number, row) pairs
     where,  # the file's name, for messages
@@ -227,8 +229,7 @@ def checked(
             continue
         n_bad += 1
         line = f'{where}: row {number}: {problem}'
-        if first_bad is None:
-            first_bad = line
+        first_bad = first_bad or line
         if skip_bad and bad is not None:
             bad.append(line)
     if n_bad and not skip_bad:
@@ -237,6 +238,7 @@ def checked(
     if not n_good:
         raise Refused(f'{where}: no usable rows; {_wanted}')
 
+# %% ../nbs/01_data.ipynb #01-033-s1-s1
 def clean_rows(
     rows,  # (row number, row) pairs
     where,  # the file's name, for messages
@@ -330,6 +332,7 @@ def as_dataset(
     ds = spool(batches(iter(rows)), schema)
     return ds if chats else ds.remove_columns('messages')
 
+# %% ../nbs/01_data.ipynb #01-054-s1
 def _checked_files(
     paths:list,  # files of rows
     skip_bad:bool,  # leave bad rows out instead of refusing
@@ -340,6 +343,7 @@ def _checked_files(
     for path in paths:
         yield from checked(iter_rows(path), path, skip_bad, bad, columns)
 
+# %% ../nbs/01_data.ipynb #01-054-s1-s1
 def _folder_splits(
     folder:Path,  # files of rows, in subfolders too
 )->dict:  # `train`, `test`, or both: paths
@@ -387,6 +391,7 @@ def find_rows(
                       'give a path, `builtin`, `demo`, entity/project/name:alias or a hub id')
     return None
 
+# %% ../nbs/01_data.ipynb #01-062-s1
 def load_alpaca(
     source:str='builtin',  # `builtin`, `demo`, a file, a folder of files, a W&B artifact, or a hub id
     skip_bad:bool=False,  # leave bad rows out instead of refusing
@@ -480,6 +485,7 @@ def _said(
     "What is said in a row; of a chat, its turns."
     return [turn['content'] for turn in json.loads(row[3])] if row[3] else row[:3]
 
+# %% ../nbs/01_data.ipynb #01-nd7-s1
 class _Near:
     "Rows that were seen, and which of them a new one is like."
     def __init__(self, ds, threshold):
@@ -504,6 +510,14 @@ class _Near:
                 yield k
 
 # %% ../nbs/01_data.ipynb #01-nd9
+def _a_few(pairs):
+    "At most three pairs of each split."
+    few = []
+    for split in ('eval', 'train'):
+        few += [p for p in pairs if p[0] == split][:3]
+    return few
+
+# %% ../nbs/01_data.ipynb #01-nd9-s1
 def near_duplicates(
     train,  # Dataset of instruction, input, output
     test,  # the same
@@ -528,8 +542,7 @@ def near_duplicates(
             counts['eval'] += 1
             pairs.append(('eval', test[k]['instruction'][:80], row[0][:80]))
             held_out.index.remove(k)  # it was counted
-    shown = [p for p in pairs if p[0] == 'eval'][:3] + [p for p in pairs if p[0] == 'train'][:3]
-    return dict(threshold=threshold, **counts, pairs=shown)
+    return dict(threshold=threshold, **counts, pairs=_a_few(pairs))
 
 # %% ../nbs/01_data.ipynb #01-083
 def _deepest_row(
@@ -573,6 +586,7 @@ def spool(
             return Dataset(_on_disk(held, batches, schema), fingerprint=fingerprint)
     return Dataset(pa.Table.from_batches(held, schema), fingerprint=fingerprint)
 
+# %% ../nbs/01_data.ipynb #01-087-s1
 def _on_disk(
     held:list,  # the first batches; emptied, so that their memory is free again
     batches,  # the others, one at a time
@@ -616,6 +630,7 @@ def fetch_artifact(
                       'check the name, `wandb login` and the network, or give the path of a local copy') from None
     return folder
 
+# %% ../nbs/01_data.ipynb #01-092-s1
 def _download(
     artifact,  # of W&B
     folder:Path,  # where to; a good copy from before is kept

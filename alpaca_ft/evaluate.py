@@ -9,7 +9,8 @@ __all__ = ['NEUTRAL', 'LEAST', 'FEW', 'MEASURES', 'INTERVALS', 'JUDGE', 'KEYS', 
            'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines', 'noise', 'spread_lines', 'ask_judge',
            'ask_once', 'judge', 'local_files', 'read_task', 'check_tasks', 'run_tasks', 'evaluation_page',
            'side_by_side', 'judge_pairs', 'who', 'common_rows', 'write_results', 'notes', 'summary', 'write_each',
-           'judge_line', 'check_judge', 'heads', 'measure_each', 'evaluate', 'NoRedirect', 'host_of', 'judge_headers']
+           'judge_line', 'check_judge', 'heads', 'leave', 'measure_each', 'evaluate', 'NoRedirect', 'host_of',
+           'judge_headers']
 
 # %% ../nbs/08_evaluate.ipynb #08-003
 import hashlib
@@ -807,6 +808,26 @@ def heads(
     trained = all(config.get('model') == other for config in configs)
     return ('before', 'after') if trained else ('against', 'model')
 
+# %% ../nbs/08_evaluate.ipynb #08-083-p3-s1-p1
+def leave(
+    folder:Path,  # for the results
+    each:dict,  # see `summary`
+    other:str,  # name of the model that the runs are compared with, or None
+    about:dict,  # see `summary`
+    rows,  # Dataset of rows
+    judge_url:str,  # see `evaluate`
+    judge_model:str,  # see `evaluate`
+)->list:  # lines of text
+    "Compare what was measured, ask the judge if there is one, and write all of it down."
+    result, said = summary(each, other, about, rows)
+    side = side_by_side(rows, list(each), list(each.values()))
+    if judge_url:
+        folder.mkdir(parents=True, exist_ok=True)
+        result['judge'] = judge(judge_pairs(side, list(each.values())), judge_url, judge_model, folder/'judge.jsonl')
+        said.append(judge_line(judge_model, result['judge']))
+    write_results(folder, result, said, side)
+    return said
+
 # %% ../nbs/08_evaluate.ipynb #08-083-p3-s1
 def measure_each(
     models:dict,  # name: what `load_model` takes; the runs first
@@ -846,13 +867,7 @@ def evaluate(
     each = measure_each(models, configs, rows, n_samples, max_new_tokens, trust_remote_code, todo)
     about = dict(heads=heads(configs, other), max_new_tokens=max_new_tokens, data=data or configs[0].get('data'))
     folder = Path(to or (runs[0] if len(runs) == 1 and configs[0] else 'evaluation'))
-    result, said = summary(each, other, about, rows)
-    side = side_by_side(rows, list(each), list(each.values()))
-    if judge_url:
-        folder.mkdir(parents=True, exist_ok=True)
-        result['judge'] = judge(judge_pairs(side, list(each.values())), judge_url, judge_model, folder/'judge.jsonl')
-        said.append(judge_line(judge_model, result['judge']))
-    write_results(folder, result, said, side)
+    said = leave(folder, each, other, about, rows, judge_url, judge_model)
     if len(runs) > 1:
         write_each(each, other, about, rows, [run for run, config in zip(runs, configs) if config])
     return '\n'.join([*said, f'side by side in {folder}/evaluation.html'])

@@ -145,7 +145,10 @@ class PackedCollator:
         import torch
         width = max(len(r['input_ids']) for r in rows)
         out = [self.row(r, math.ceil(width/self.multiple)*self.multiple) for r in rows]
-        return {k: torch.stack([o[k] for o in out]) for k in out[0]}
+        batch = {}
+        for k in out[0]:
+            batch[k] = torch.stack([o[k] for o in out])
+        return batch
 
 # %% ../nbs/03_packing.ipynb #03-054
 def isolation_error(
