@@ -80,6 +80,15 @@ def test_notebook(path):
                                  json.dumps(o)), f'{path.name}: a path of the machine in an output'
 
 
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+def test_cache_is_given_back(path):
+    "nbdev_test runs several notebooks in a process: one that moves the cache puts it back for the next."
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    if re.search(r"os\.environ\['ALPACA_FT_CACHE'\] = |os\.environ \|= dict\(.*ALPACA_FT_CACHE", code):
+        assert "del os.environ['ALPACA_FT_CACHE']" in code or 'os.environ.update(environment)' in code
+
+
 def test_constraints():
     """Every pinned version that is installed here installs on the oldest Python that is promised, and everything
     installed for the package is pinned."""
