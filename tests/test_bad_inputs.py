@@ -303,9 +303,11 @@ def test_one_row_given_twelve_times(here, tiny, command):
     (['tune'], 'tune'),
     ([], 'required'),
 ])
-def test_other_commands(argv, part, here, tiny, command):
+def test_other_commands(argv, part, here, tiny, command, monkeypatch):
     "What sample, evaluate, export and the others refuse: one line, and nothing is written."
     import shutil
+    # without a network the library asks for a name that is no folder again and again, for 46 seconds
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     shutil.copytree(tiny, here/'tiny')
     (here/'ask.jsonl').write_bytes(lines(good, dict(messages=[turn('system', 'x')])))
     before = sorted(here.rglob('*'))
