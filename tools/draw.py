@@ -218,7 +218,7 @@ CURVES = '''<style>
 .blue { stroke: #0072b2; fill: none } .orange { stroke: #d55e00; fill: none }
 @media (prefers-color-scheme: dark) { .blue { stroke: #56b4e9 } .orange { stroke: #e69f00 } }
 </style>'''
-STREAM_SPEED = 800  # rows a second at the top of the scale
+STREAM_SPEED = 4000  # rows a second at the top of the scale
 
 
 def curve(points, x, y, kind, style=''):
@@ -234,7 +234,7 @@ def panel(top, height, most, unit, x):
 
     parts = [words(16, top - 10, unit, 'small')]
     for value in (0, most/2, most):
-        parts += [f'<path class="line" d="M{x(0):.1f} {y(value):.1f} H{x(4):.1f}" opacity=".25"/>',
+        parts += [f'<path class="line" d="M{x(0):.1f} {y(value):.1f} H{x(5):.1f}" opacity=".25"/>',
                   words(x(0) - 8, y(value) + 4, f'{value:g}', 'small', 'end')]
     return parts, y
 
@@ -244,12 +244,12 @@ def stream():
     found = json.loads((root/'benchmarks'/'results'/'2026-11-27-stream.json').read_text(encoding='utf-8'))['runs']
 
     def x(gb):
-        return 70 + 165*gb
+        return 70 + 132*gb
 
     above, memory = panel(50, 100, 2, 'GiB resident (the process that has most)', x)
     below, speed = panel(200, 100, STREAM_SPEED, 'rows a second', x)
-    parts = [CURVES, *above, *below, words(x(4), 330, 'GB of the file that were read', 'small', 'end')]
-    for run, kind, place in zip(found, ('blue', 'orange'), (x(1.5), x(2.6))):
+    parts = [CURVES, *above, *below, words(x(5), 330, 'GB of the file that were read', 'small', 'end')]
+    for run, kind, place in zip(found, ('blue', 'orange'), (x(1.8), x(3.2))):
         gb, points = run['bytes']/1e9, [p for p in run['points'] if p[1] > 0 and len(p) > 2]
         some = points[:1]
         for p in points:
@@ -263,9 +263,9 @@ def stream():
             at = next(p[1] for p in points if p[0] >= kill['seconds'] - 4)*gb
             parts += [f'<path class="{kind}" stroke-dasharray="3 3" d="M{x(at):.1f} 46 V300"/>',
                       words(x(at) + 4, 300 - 6*run['processes'], 'killed, resumed', 'small')]
-    for gb in range(5):
+    for gb in range(6):
         parts.append(words(x(gb), 316, str(gb), 'small', 'middle'))
-    return svg(760, 342, parts, 'Memory stays flat while a large file is read, by one process and by two')
+    return svg(760, 342, parts, 'Memory and speed while a large file is read, by one process and by two')
 
 
 PICTURES = {'answers': answers, 'masked': masked, 'packed': packed, 'trunk-and-tail': trunk_and_tail,
