@@ -14,6 +14,18 @@ def imported():
     gc.freeze()
 
 
+@pytest.fixture(scope='module')
+def ready():
+    "Modules are imported once, so that the children need not."
+    import matrix
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    matrix.warm_up()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def undrawn(request, monkeypatch):
     "Reports without their drawings, which take longer than the runs themselves; test_report.py draws them."

@@ -16,17 +16,6 @@ COMMON = ['--n-freeze', 2, '--seq-len', 256, '--batch-size', 4, '--dtype', 'fp32
           '--eval-every', 3, '--n-samples', 3, '--max-new-tokens', 4, '--prefix-cache', 'off']
 
 
-@pytest.fixture(scope='module')
-def ready():
-    "Modules are imported once, so that the children need not."
-    import torch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    matrix.warm_up()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def argv(here, tiny, rows, ready, monkeypatch):
     "A short run's command line."

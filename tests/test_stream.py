@@ -14,17 +14,6 @@ COMMON = ['--stream', '--stream-window', 60, '--n-freeze', 2, '--seq-len', 256, 
 
 
 @pytest.fixture(scope='module')
-def ready():
-    "Modules are imported once, so that the children need not."
-    import torch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    matrix.warm_up()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope='module')
 def made():
     "Two hundred rows of the demo: a pass is some twenty steps."
     from alpaca_ft import load_alpaca
