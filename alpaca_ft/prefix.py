@@ -203,9 +203,11 @@ def decide(
     why = f'{size}; saves {saved:,} of {passes:,} passes through the frozen layers'
     if n_bytes < room['memory']/4 and together == 1:
         return Keep('memory', why)
-    if n_bytes < room['disk']/2:
-        return Keep('disk', why)
-    return Keep('off', f'no room for {n_bytes:,} bytes')
+    if n_bytes >= room['disk']/2:
+        return Keep('off', f'no room for {n_bytes:,} bytes')
+    if saved < passes/10:
+        return Keep('off', f'{why}, too few for a file')
+    return Keep('disk', why)
 
 # %% ../nbs/09_prefix.ipynb #09-050
 def file_sum(

@@ -4,14 +4,15 @@ What the libraries lack: each measures its own method, at settings that were cho
 as many steps as fit into the same seconds, at the best of its own learning rates, and is measured on rows that neither
 the training nor the choice of the rate has seen.
 
-usage: methods.py --out RESULT.json [--rows builtin FILE ...] [--minutes 60]   (stopped, it goes on by the same command)
-       methods.py --out RESULT.json --show                                     (the tables of what is there)
+usage: methods.py --out RESULT.json [--rows demo FILE ...] [--minutes 60]   (stopped, it goes on by the same command)
+       methods.py --out RESULT.json --show                                  (the tables of what is there)
 
 1. Time: seconds a step, seconds a row through the frozen layers, and peak memory of each arm, on a quiet machine.
-2. Sweep: each arm at three rates or more, half of the seconds, one seed; the best by the loss of validation rows.
+2. Sweep: each arm at three rates or more, a third of the seconds, one seed; the best by the loss of validation rows.
 3. Seeds: the best rate with all of the seconds (three epochs at most), three seeds, measured on test rows.
-4. Curve: a quarter of the seconds too. Memory: arms that need more than the default get recomputed activations.
-5. Time to quality: the arms that came first, at parts of the seconds, three seeds.
+4. Memory: arms that need more than the default get recomputed activations.
+5. Time to quality: the arms that came first, at parts of the seconds, three seeds. It waits until no arm is left.
+The jobs after the timing share the kept states of a folder: what they would cost is in the seconds by the timing.
 Seconds and memory are those of the machine that timed; the losses may come from a faster one, a GPU for instance: there
 the same command goes on with the file of the other machine, as many steps as had fit into the seconds there.
 """
@@ -34,26 +35,29 @@ from threading import BoundedSemaphore, Lock
 here = Path(__file__).resolve().parent
 SOUP = here/'.envs'/'soup'/'bin'/'python'
 SEQ_LEN = 1024
-N_ROWS = dict(train=160, validation=50, test=100)  # of a file; of fewer rows the test part gets what is left
+N_ROWS = dict(train=100, validation=40, test=100)  # of a file; of fewer rows the test part gets what is left
+DEMO_TRAIN = 300  # of the demo's rows, which are shorter: as many tokens
 RATES = dict(freeze=(5e-5, 1.5e-4, 5e-4), lora=(3e-4, 1e-3, 3e-3), full=(2e-5, 6e-5, 2e-4))
 STEP = 3.  # between neighbouring rates; a best rate at the edge is followed by one more
-PARTS = (1/4, 1/3, 1/2)  # of the seconds, for the time to quality
+PART_OF_SWEEP = 1/3  # of the seconds
+PARTS = (1/4, 1/3)  # of the seconds, for the time to quality
 EPOCHS = 3  # at most, however many would fit into the seconds
 PEER = 'TRL, LoRA on all layers'  # its epoch sets the seconds, its loss the quality
 DEFAULT = 'last 6 and head'  # its peak memory is the limit of the second table
 
 # what an arm gives to `alpaca_ft train`; `kept`: the output of the layers below is kept
 ARMS = {
-    DEFAULT: dict(kept=True, kind='freeze', options=dict(n_freeze=24)),
-    'last 6 and head, loss on all': dict(kept=True, kind='freeze', options=dict(n_freeze=24, loss_on='all')),
-    'last 6': dict(kept=True, kind='freeze', options=dict(n_freeze=24, train_head=False)),
-    'middle 6': dict(kept=True, kind='freeze', options=dict(layers='12-17', train_head=False)),
-    'Spectrum, a quarter': dict(kept=False, kind='freeze', options=dict(layers='spectrum:0.25', train_head=False)),
-    'LoRA on the last 6': dict(kept=True, kind='lora', options=dict(method='lora')),
-    'LoRA on the last 15': dict(kept=True, kind='lora', options=dict(method='lora', n_freeze=15)),
-    'LISA, 2 of 30 and head': dict(kept=False, kind='freeze', options=dict(n_freeze=0, rotate=2)),
-    'LoRA on all layers': dict(kept=False, kind='lora', options=dict(method='lora', n_freeze=0)),
-    'full': dict(kept=False, kind='full', options=dict(method='full')),
+    DEFAULT: dict(kept='memory', kind='freeze', options=dict(n_freeze=24)),
+    'last 6 and head, loss on all': dict(kept='memory', kind='freeze', options=dict(n_freeze=24, loss_on='all')),
+    'last 6 and head, bf16 weights': dict(kept='memory', kind='freeze', options=dict(n_freeze=24, train_dtype='bf16')),
+    'last 6': dict(kept='memory', kind='freeze', options=dict(n_freeze=24, train_head=False)),
+    'middle 6': dict(kept='memory', kind='freeze', options=dict(layers='12-17', train_head=False)),
+    'Spectrum, a quarter': dict(kept=None, kind='freeze', options=dict(layers='spectrum:0.25', train_head=False)),
+    'LoRA on the last 6': dict(kept='memory', kind='lora', options=dict(method='lora')),
+    'LoRA on the last 15': dict(kept='memory', kind='lora', options=dict(method='lora', n_freeze=15)),
+    'LISA, 2 of 30 and head': dict(kept=None, kind='freeze', options=dict(n_freeze=0, rotate=2)),
+    'LoRA on all layers': dict(kept=None, kind='lora', options=dict(method='lora', n_freeze=0)),
+    'full': dict(kept=None, kind='full', options=dict(method='full')),
     PEER: dict(kind='lora', peer='trl'),
     'Soup, freeze_layers': dict(kind='freeze', peer='soup', method='freeze_layers'),
     'Soup, LISA': dict(kind='freeze', peer='soup', method='lisa'),
@@ -114,7 +118,7 @@ def train_ours(spec, folder):
     options = dict(loss_on='response', activation_checkpointing=spec['recompute']) | spec['options']
     cfg = RunConfig(data=str(folder/'train.json'), eval_data=str(folder/'validation.json'), out=str(folder/'run'),
                     max_steps=spec['steps'], lr=spec['lr'], seed=spec['seed'], dtype=spec['dtype'], seq_len=SEQ_LEN,
-                    n_samples=0, eval_every=10**6, prefix_cache='memory' if spec['kept'] else 'off', **options)
+                    n_samples=0, eval_every=10**6, prefix_cache=spec['kept'] or 'off', **options)
     done = run.train(cfg, [watch])
     fill = fill[0]/(len(done.train) + len(done.test))
     return dict(seconds=watch.seconds, peak=watch.peak, fill=fill, packed=len(done.train),
@@ -185,8 +189,8 @@ def unrelated_text(tokenizer, pieces=10, width=512):
     return [ids[i*width:(i + 1)*width] for i in range(pieces)]
 
 
-def measure(name, folder, dtype, fully):
-    "Losses of a model on validation rows; fully: on test rows and unrelated text too, and its answers."
+def measure(name, folder, dtype, what):
+    "Losses of a model on validation or test rows; fully: on test rows and on unrelated text, and its answers."
     import torch
     from datasets import Dataset
     from alpaca_ft.evaluate import repetition, row_losses
@@ -201,10 +205,10 @@ def measure(name, folder, dtype, fully):
         found = row_losses(model, tokenizer, rows, SEQ_LEN).values()
         return rows, [[round(x[2], 4), x[3]] for x in found]
 
-    out = dict(validation=losses('validation')[1])
-    if not fully:
-        return out
-    rows, out['test'] = losses('test')
+    if what != 'fully':
+        return {what: losses(what)[1]}
+    rows, test = losses('test')
+    out = dict(test=test)
     prompts = [fit_prompt(row, tokenizer, SEQ_LEN) for row in rows.select(range(min(24, len(rows))))]
     answers = generate_all(prompts, model, tokenizer, 96)
     out['answers'] = [[a['stopped'], a['tokens'], round(repetition(a['text']), 3)] for a in answers]
@@ -229,7 +233,7 @@ def job(spec, out):
     measured = {}
     if spec['measure']:
         name = str(folder/'run'/'model') if spec['steps'] else 'demo'
-        measured = measure(name, folder, spec['dtype'], spec['measure'] == 'fully')
+        measured = measure(name, folder, spec['dtype'], spec['measure'])
     Path(out).write_text(json.dumps(trained | measured))
 
 
@@ -280,6 +284,8 @@ class Bench:
             setup['rows'][name] = {split: len(rows) for split, rows in self.split(source).items()}
         before, self.dtype = self.result.setdefault('setup', setup), setup['dtype']  # another machine may have another
         self.device = f'{torch.cuda.get_device_name(0)}, torch {torch.__version__}' if cuda else 'cpu'
+        setup['rows'] = before['rows'] | setup['rows']  # others may be added
+        before['rows'] = setup['rows'] | before['rows']
         for key in ('seq_len', 'rows', 'seeds'):
             if before[key] != setup[key]:
                 raise SystemExit(f'{self.args.out}: begun with {key} {before[key]}, and here it is {setup[key]}; '
@@ -288,7 +294,7 @@ class Bench:
     def sources(self):
         "The name and the source of each set of rows; a file's folder is not told."
         for source in self.args.rows:
-            yield ('builtin' if source == 'builtin' else Path(source).name), source
+            yield Path(source).name, source
 
     def split(self, source):
         "Training, validation and test rows, in an order drawn once."
@@ -298,6 +304,8 @@ class Bench:
         random.Random(0).shuffle(rows)
         out = {}
         for split, n in N_ROWS.items():
+            if split == 'train' and source == 'demo':
+                n = DEMO_TRAIN
             n = round(n*self.args.part)
             out[split], rows = rows[:n], rows[n:]
         return out
@@ -358,7 +366,9 @@ class Bench:
 
     def spec(self, arm, source, steps, lr, seed, measured, recompute=False):
         "What a job needs to know."
-        about = dict(kept=False, options={}) | ARMS.get(arm, {})
+        about = dict(kept=None, options={}) | ARMS.get(arm, {})
+        if about['kept'] and measured:
+            about['kept'] = 'disk'
         return about | dict(source=source, steps=steps, lr=lr, seed=seed, measure=measured, recompute=recompute,
                             dtype=self.dtype)
 
@@ -430,16 +440,12 @@ class Bench:
     def try_arm(self, arm, name, source, seconds, n_packed):
         "Sweep, seeds, curve and memory of one arm on one set of rows."
         whole = self.steps_in(arm, seconds, n_packed)
-        peer = 'peer' in ARMS[arm]
-        lr = self.sweep(arm, name, source, whole if peer else self.steps_in(arm, seconds/2, n_packed))
+        lr = self.sweep(arm, name, source, self.steps_in(arm, seconds*PART_OF_SWEEP, n_packed))
         with self.lock:
             self.result['arms'][arm].setdefault('lr', {})[name] = lr
         jobs = {}
         for seed in range(1, self.args.seeds + 1):
             jobs[f'seeds/{name}/{arm}/{seed}'] = self.spec(arm, source, whole, lr, seed, 'fully')
-        if not peer:
-            quarter = self.steps_in(arm, seconds/4, n_packed)
-            jobs[f'curve/{name}/{arm}/0.25'] = self.spec(arm, source, quarter, lr, 0, 'validation')
         recomputed = self.result['arms'][arm].get('recomputed', {})
         if recomputed and 'failed' not in recomputed:
             if recomputed['peak'] <= self.result['arms'][DEFAULT]['peak']:
@@ -455,7 +461,7 @@ class Bench:
         for part in PARTS:
             steps = self.steps_in(arm, seconds*part, n_packed)
             for seed in range(1, self.args.seeds + 1):
-                jobs[f'quality/{name}/{arm}/{part:.2f}/{seed}'] = self.spec(arm, source, steps, lr, seed, 'fully')
+                jobs[f'quality/{name}/{arm}/{part:.2f}/{seed}'] = self.spec(arm, source, steps, lr, seed, 'test')
         self.together(jobs)
 
     def all(self):
@@ -473,6 +479,8 @@ class Bench:
         self.result['setup']['seconds'][name] = round(seconds, 1)
         good = [arm for arm in arms if not self.result['arms'][arm].get('failed')]
         self.each(good, lambda arm: self.try_arm(arm, name, source, seconds, ours))
+        if len(arms) < len(ARMS):
+            return
         own = [arm for arm in good if 'peer' not in ARMS[arm]]
         first = sorted(own, key=lambda arm: mean_of(self.result, f'seeds/{name}/{arm}/'))[:3]
         self.each(first, lambda arm: self.time_to_quality(arm, name, source, seconds, ours))
@@ -530,6 +538,7 @@ def line_of(result, name, arm, kind='seeds'):
     stops = [statistics.mean(a[0] for a in out['answers']) for out in jobs]
     line = dict(arm=arm + (', recomputed' if kind == 'recomputed' else ''), rate=result['arms'][arm]['lr'][name],
                 steps=len(jobs[0]['seconds']), step=about['step'], peak=about['peak'], seeds=len(jobs),
+                seconds=about['fill']*jobs[0]['packed'] + about['step']*len(jobs[0]['seconds']),
                 loss=statistics.mean(losses), spread=max(losses) - min(losses), stops=statistics.mean(stops),
                 unrelated=statistics.mean(mean(out['unrelated']) for out in jobs))
     if arm != PEER and chosen(result, f'seeds/{name}/{PEER}/'):
@@ -563,15 +572,16 @@ def equal_memory(result, name):
 
 def show_table(lines):
     "A table as text."
-    print(f"{'':32}{'rate':>8}{'steps':>7}{'s/step':>8}{'MiB':>7}{'loss':>8}{'spread':>8}{'stop':>6}{'unrelated':>11}"
+    print(f"{'':32}{'rate':>8}{'steps':>7}{'s/step':>8}{'s':>6}{'MiB':>7}{'loss':>8}{'spread':>8}"
+          f"{'stop':>6}{'unrelated':>11}"
           f'  against {PEER} (95 %)')
     for x in lines:
         other = ''
         if 'against' in x:
             difference, low, high = x['against']
             other = f'  {difference:+.3f} ({low:+.3f} to {high:+.3f})' + (', within noise' if low <= 0 <= high else '')
-        print(f"{x['arm']:32}{x['rate']:8.1g}{x['steps']:7}{x['step']:8.2f}{x['peak']:7.0f}{x['loss']:8.3f}"
-              f"{x['spread']:8.3f}{x['stops']:6.0%}{x['unrelated']:11.3f}{other}")
+        print(f"{x['arm']:32}{x['rate']:8.1g}{x['steps']:7}{x['step']:8.2f}{x['seconds']:6.0f}{x['peak']:7.0f}"
+              f"{x['loss']:8.3f}{x['spread']:8.3f}{x['stops']:6.0%}{x['unrelated']:11.3f}{other}")
 
 
 def show_quality(result, name):
@@ -624,7 +634,7 @@ def main():
         return job(json.loads(Path(sys.argv[2]).read_text()), sys.argv[3])
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--out', type=Path, required=True, help='the result; where it is there, it is gone on with')
-    parser.add_argument('--rows', nargs='+', default=['builtin'], help='builtin, or files of Alpaca rows')
+    parser.add_argument('--rows', nargs='+', default=['demo'], help='demo, or files of Alpaca rows')
     parser.add_argument('--only', nargs='+', metavar='ARM', help='these arms; one may be added to a finished result')
     parser.add_argument('--minutes', type=float, help='begin no job after so many minutes')
     parser.add_argument('--workers', type=int, default=2, help='jobs at once, of one thread each; timing is alone')

@@ -147,6 +147,48 @@ def trunk_and_tail():
                                 'layers 24 to 29 and the head, trains, and the gradient goes no further')
 
 
+# ---- chapter 10: what each choice computes and keeps ----
+
+N_LAYERS = 30
+WAYS = (('last 6 and head', range(24, 30), 24, 'layer', True, '6 + 12 = 18'),
+        ('LoRA on the last 6', range(24, 30), 24, 'lora', False, '6 + 6 = 12'),
+        ('LoRA on the last 15', range(15, 30), 15, 'lora', False, '15 + 15 = 30'),
+        ('middle 6', range(12, 18), 12, 'layer', False, '18 + 24 = 42'),
+        ('LISA, 2 of 30 and head', (9, 20), 0, 'layer', True, '30 + 23 = 53 (mean)'),
+        ('LoRA on all layers', range(30), 0, 'lora', False, '30 + 30 = 60'),
+        ('Spectrum, a quarter', range(30), 0, 'part', False, '30 + 37 = 67'),
+        ('full', range(30), 0, 'layer', True, '30 + 60 = 90'))  # name, layers, kept below, what, head, passes a step
+
+
+def way(y, name, layers, first, what, head, passes):
+    "One choice: the model from the embedding to the head, and how many passes of a layer a step takes."
+    below = 'kept' if first else 'frozen'
+    whole = what == 'layer' and first == 0 and len(layers) == N_LAYERS
+    parts = [words(16, y + 18, name, 'small'), box(180, y, 44, 26, 'trains' if whole else below)]
+    for i in range(N_LAYERS):
+        x, kind = 230 + 11*i, 'kept' if i < first else 'frozen'
+        parts.append(box(x, y, 10, 26, 'trains' if i in layers and what == 'layer' else kind))
+        if i in layers and what != 'layer':
+            parts.append(box(x, y, 10, 5 if what == 'lora' else 8, 'trains'))
+    parts += [box(566, y, 44, 26, 'trains' if head else 'frozen'), words(628, y + 18, passes, 'small')]
+    return parts
+
+
+def choices():
+    "What each choice of chapter 10 trains, keeps and computes."
+    parts = [words(202, 30, 'embedding', 'small', 'middle'), words(394, 30, 'layers 0 to 29', 'small', 'middle'),
+             words(588, 30, 'head', 'small', 'middle'), words(628, 14, 'a step, in passes of one', 'small'),
+             words(628, 30, 'layer: forward + backward', 'small')]
+    for i, one in enumerate(WAYS):
+        parts += way(42 + 36*i, *one)
+    y = 42 + 36*len(WAYS) + 8
+    for x, kind, text in ((180, 'kept', 'output kept, not computed again'), (400, 'frozen', 'frozen, computed'),
+                          (540, 'trains', 'trains (a strip: small matrices, or some of them)')):
+        parts += [box(x, y, 14, 14, kind), words(x + 20, y + 11, text, 'small')]
+    return svg(850, y + 30, parts, 'Which layers each choice trains, which are frozen, of which the output is kept, and '
+                                   'how many passes of one layer a step takes')
+
+
 # ---- chapter 12: what a checkpoint holds ----
 
 HOLDS = (('weights.safetensors', 'what trains, by name', 'trains'),
@@ -269,7 +311,7 @@ def stream():
 
 
 PICTURES = {'answers': answers, 'masked': masked, 'packed': packed, 'trunk-and-tail': trunk_and_tail,
-            'checkpoint': checkpoint, 'who-holds-what': who_holds_what, 'stream': stream}
+            'choices': choices, 'checkpoint': checkpoint, 'who-holds-what': who_holds_what, 'stream': stream}
 
 
 if __name__ == '__main__':
