@@ -203,7 +203,7 @@ def _call(
 def completion(
     shell:str,  # `bash`, `zsh` or `tcsh`
 )->str:  # a script for it
-    "What a shell reads to complete the command with the tabulator key."
+    "What a shell reads to complete the command with the Tab key."
     if not find_spec('shtab'):
         raise Refused("completion needs shtab, which is not installed; pip install 'alpaca_ft[completion]'")
     import shtab

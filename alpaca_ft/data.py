@@ -442,11 +442,11 @@ def shared_rows(
 )->int:  # rows of `test` that are in `train`, letter for letter
     "How many evaluation rows were trained on."
     held_out = set(_texts(test))
-    trained_on = set()
+    shared = set()  # held-out rows that are training rows too
     for row in _texts(train):
         if row in held_out:
-            trained_on.add(row)
-    return sum(row in trained_on for row in _texts(test))
+            shared.add(row)
+    return sum(row in shared for row in _texts(test))
 
 # %% ../nbs/01_data.ipynb #01-nd3
 _word = re.compile('[^\\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+|\\w')  # Thai, Lao, kana and Han: a character each

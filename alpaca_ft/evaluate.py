@@ -84,7 +84,7 @@ def held_out(
     config:dict,  # the run's config, or {}
     data:str=None,  # other rows: what `load_alpaca` takes; its test split where it has one
 ):  # Dataset of rows
-    "The rows to measure on: those named, else those that the run held back, else those held back from the demo."
+    "The rows to measure on: those named, else those that the run held back, else those held back of the built-in rows."
     if data:
         ds = load_alpaca(data)
         return ds['test' if 'test' in ds else 'train']

@@ -167,7 +167,7 @@ class Choice:
 
     @property
     def first(self):
-        "The lowest trained layer: so many layers say the same at every step, and their output can be kept."
+        "The number of the lowest trained layer, which is how many layers never change below it."
         if self.embed:
             return 0
         return self.layers[0] if self.layers else self.n_layers
@@ -341,7 +341,7 @@ def chosen_layers(
 def signal_to_noise(
     weight,  # a matrix
 )->float:  # high where much of it is above what noise alone would make
-    "The singular values above the limit of noise over those below it, both summed, by the largest one."
+    "Sum of the singular values above the noise limit over the sum of those below it, divided by the largest."
     values = torch.linalg.svdvals(weight.detach().float())
     quarter = torch.tensor([0.25, 0.75], device=values.device)
     low, high = torch.quantile(values, quarter).tolist()
@@ -680,7 +680,7 @@ def _enter(layer, args, kwargs):
 
 # %% ../nbs/04_model.ipynb #565e7a12
 def _without_states(layer, args, kwargs):
-    "Before the other layers: the kept states are none of their business."
+    "Before the other layers: drop the argument with the kept states, which they don't take."
     return args, {k: v for k, v in kwargs.items() if k != 'kept_states'}
 
 # %% ../nbs/04_model.ipynb #4bc5a181

@@ -135,7 +135,7 @@ class PackedCollator:
         response = torch.zeros(width, dtype=torch.bool)
         response[:n] = torch.tensor(r['completion_mask'], dtype=torch.bool)
         learn = response.clone() if self.loss_on == 'response' else torch.arange(width) < n
-        learn[positions == 0] = False
+        learn[positions == 0] = False  # the first token of each document: nothing predicts it
         return dict(input_ids=ids, position_ids=positions, labels=ids.masked_fill(~learn, -100), response=response)
 
     def __call__(self,

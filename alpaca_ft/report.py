@@ -302,7 +302,7 @@ def preflight_lines(
     if seconds is not None:
         about = f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} min'
         lines.append(f"time      about {about} of training at {r['probe_tokens_per_second']} tokens/s (a short probe), "
-                     'evaluation and samples beside it')
+                     'not counting evaluation and samples')
     return lines
 
 # %% ../nbs/15_report.ipynb #15-053
@@ -351,7 +351,7 @@ def evaluated(
     what = f"{' and '.join(reversed(found['models']))}, {found['rows']:,} rows held back"
     return '\n'.join([what, *comparison_lines(found['measures'], found.get('heads', ('against', 'model')))])
 
-# %% ../nbs/15_report.ipynb #15-sr1
+# %% ../nbs/15_report.ipynb #96d27c0e
 def seen_rows(
     preflight:dict,  # its `documents`, see `row_documents`
     room:int=12_000,  # characters of a row

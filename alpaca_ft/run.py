@@ -6,7 +6,7 @@
 __all__ = ['LOCK', 'NOT_BEGUN', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'the_folder', 'check_share',
            'untracked', 'started_again', 'read_and_pack', 'stream_report', 'pack_rows', 'check_fit', 'load_whole',
            'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'measure_step', 'decide_states',
-           'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check', 'memory_lines', 'config_alone',
+           'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check', 'memory_report', 'config_alone',
            'prepare_shape', 'agree', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states',
            'keep_by_layer', 'what_trains', 'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued',
            'save_result', 'what_is_left', 'in_a_line', 'finish']
@@ -600,14 +600,14 @@ def check(
         run = prepare_shape(cfg, unknown, place)
     report = preflight(run, measure=not unknown)
     print('\n'.join(preflight_lines(report) + notes(run) + [f'unknown   {u}' for u in unknown]))
-    print('\n'.join(memory_lines(run, limit)))
+    print('\n'.join(memory_report(run, limit)))
     for i in range(min(show, len(run.train) if run.train else 0)):
         print(f'\nrow {i} of {len(run.train)}')
         print(show_row(run.train[i], run.tokenizer, cfg.loss_on, in_colour(sys.stdout)))
     return report
 
 # %% ../nbs/16_run.ipynb #16-ml1
-def memory_lines(
+def memory_report(
     run,  # Run after `preflight`
     limit:int=None,  # bytes that there are
 )->list:  # lines

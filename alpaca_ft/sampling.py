@@ -32,6 +32,7 @@ def as_found(
     training, side, cache = model.training, tokenizer.padding_side, model.config.use_cache
     kind = model.device.type
     devices = [] if kind in ('cpu', 'mps', 'meta') else [model.device]
+    # the CPU's state is always forked; with no devices listed the type is not used
     fork = torch.random.fork_rng(devices=devices, device_type=kind if devices else 'cuda')
     try:
         model.eval()
@@ -270,7 +271,9 @@ class LLMSampleCB(TrainerCallback):
         "Generate for every prompt; a step that was sampled before is not sampled again."
         if any(r['step'] == step for r in self.rows):
             return []
-        shares, n, rows = everyone(each_does(self.answer, self.prompts[rank()::processes()])), processes(), []
+        n, rows = processes(), []
+        mine = self.prompts[rank()::n]  # with one process: all of them
+        shares = everyone(each_does(self.answer, mine))  # the answers of every process
         answers = [shares[i % n][i//n] for i in range(len(self.prompts))]  # process r had prompts r, r + n, r + 2n ...
         for prompt, answer, row in zip(self.prompts, answers, self.sample_dataset):
             asked = f"{row['instruction']} | {row['input']}" if row.get('input') else row['instruction']

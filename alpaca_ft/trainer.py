@@ -69,7 +69,8 @@ def check_optim(
     "See that a run's optimizer is known, its package is there and a run has a place for it; raises `Refused`."
     known = [o.value for o in OptimizerNames]
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1) or ['adamw_torch_fused']
+        like = [k for k in known if name and k.startswith(name)]
+        near = like or difflib.get_close_matches(name, known, 1) or ['adamw_torch_fused']
         raise Refused(f'optim is {name!r}, which transformers does not know; did you mean {near[0]}?')
     for part in ('lomo', 'layerwise', 'galore', 'apollo', 'schedule_free'):
         if part in name:
@@ -276,8 +277,8 @@ def row_sums(
 # %% ../nbs/07_trainer.ipynb #07-052
 class PackedSFTTrainer(SFTTrainer):
     "TRL's SFTTrainer on packed rows: token-weighted loss and evaluation, an order by seed and step, an honest count."
-    # What TRL lacks: its loss flattens a packed batch to one long row, its evaluation is a mean of batch means,
-    # and the rows of a step depend on how many epochs a sampler has seen.
+    # What TRL does otherwise: its collator flattens a packed batch to one long row, its evaluation is a mean of
+    # batch means, and the rows of a step depend on how many epochs a sampler has seen.
     def __init__(self,
         model:PackedLoss,  # what is trained
         cfg:RunConfig,  # the run's options

@@ -90,7 +90,7 @@ def ask_row(
     raw,  # an object read from a file
     columns:dict=None,  # the file's names for instruction, input, output or messages, where they are others
 )->tuple:  # (dict of instruction, input and perhaps output and messages; what is wrong, or None)
-    "A row to be answered; of a chat, its last turn, or the one behind the user's last word."
+    "A row to be answered; of a chat, its last answer, or the missing one if the user has the last word."
     if not isinstance(raw, dict):
         return raw, None
     raw = raw | {part: raw[name] for part, name in (columns or {}).items() if name in raw and raw.get(part) is None}
@@ -384,7 +384,7 @@ def how_trained(
     how = dict(lora='tuned with LoRA', full='tuned').get(config.get('method'), 'freeze-tuned')
     what = f"the first {config['n_freeze']} layers"
     if trains := r['preflight'].get('trains'):
-        what = f'what trained is {trains}; all other weights'
+        what = f'{trains}. All other weights'
     return f"{how} on instructions with alpaca_ft {config['versions']['alpaca_ft']}: {what} stayed as they were."
 
 def data_of(

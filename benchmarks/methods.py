@@ -437,23 +437,26 @@ class Bench:
             else:
                 return best
 
-    def try_arm(self, arm, name, source, seconds, n_packed):
-        "Sweep, seeds, curve and memory of one arm on one set of rows."
-        whole = self.steps_in(arm, seconds, n_packed)
+    def sweep_arm(self, arm, name, source, seconds, n_packed):
+        "The best rate of one arm on one set of rows."
         lr = self.sweep(arm, name, source, self.steps_in(arm, seconds*PART_OF_SWEEP, n_packed))
         with self.lock:
             self.result['arms'][arm].setdefault('lr', {})[name] = lr
-        jobs = {}
+
+    def seeds(self, arms, name, source, seconds, n_packed):
+        "All of the seconds, one seed after another; then the arms whose activations have to be computed again."
+        jobs, last = {}, {}
         for seed in range(1, self.args.seeds + 1):
-            jobs[f'seeds/{name}/{arm}/{seed}'] = self.spec(arm, source, whole, lr, seed, 'fully')
-        recomputed = self.result['arms'][arm].get('recomputed', {})
-        if recomputed and 'failed' not in recomputed:
-            if recomputed['peak'] <= self.result['arms'][DEFAULT]['peak']:
-                fewer = self.steps_in(arm, seconds, n_packed, True)
-                for seed in range(1, self.args.seeds + 1):
+            for arm in arms:
+                about = self.result['arms'][arm]
+                steps, lr = self.steps_in(arm, seconds, n_packed), about['lr'][name]
+                jobs[f'seeds/{name}/{arm}/{seed}'] = self.spec(arm, source, steps, lr, seed, 'fully')
+                recomputed = about.get('recomputed', dict(failed=''))
+                if 'failed' not in recomputed and recomputed['peak'] <= self.result['arms'][DEFAULT]['peak']:
+                    fewer = self.steps_in(arm, seconds, n_packed, True)
                     spec = self.spec(arm, source, fewer, lr, seed, 'fully', recompute=True)
-                    jobs[f'recomputed/{name}/{arm}/{seed}'] = spec
-        self.together(jobs)
+                    last[f'recomputed/{name}/{arm}/{seed}'] = spec
+        self.together(jobs | last)
 
     def time_to_quality(self, arm, name, source, seconds, n_packed):
         "One of the arms that came first, at parts of the seconds."
@@ -478,7 +481,8 @@ class Bench:
         seconds = theirs*self.result['arms'][PEER]['step']
         self.result['setup']['seconds'][name] = round(seconds, 1)
         good = [arm for arm in arms if not self.result['arms'][arm].get('failed')]
-        self.each(good, lambda arm: self.try_arm(arm, name, source, seconds, ours))
+        self.each(good, lambda arm: self.sweep_arm(arm, name, source, seconds, ours))
+        self.seeds(good, name, source, seconds, ours)
         if len(arms) < len(ARMS):
             return
         own = [arm for arm in good if 'peer' not in ARMS[arm]]

@@ -185,8 +185,8 @@ def choices():
     for x, kind, text in ((180, 'kept', 'output kept, not computed again'), (400, 'frozen', 'frozen, computed'),
                           (540, 'trains', 'trains (a strip: small matrices, or some of them)')):
         parts += [box(x, y, 14, 14, kind), words(x + 20, y + 11, text, 'small')]
-    return svg(850, y + 30, parts, 'Which layers each choice trains, which are frozen, of which the output is kept, and '
-                                   'how many passes of one layer a step takes')
+    return svg(850, y + 30, parts, 'Which layers each choice trains, which are frozen, of which the output is kept, '
+                                   'and how many passes of one layer a step takes')
 
 
 # ---- chapter 12: what a checkpoint holds ----
