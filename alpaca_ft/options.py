@@ -46,8 +46,8 @@ class RunConfig:
     out:str = option(None, 'the run folder, which must be new or empty; none: runs/NAME, numbered')
     method:str = option('freeze', '`freeze`: the chosen layers train; `lora`: small matrices added to them; `full`: '
                         'everything', choices=('freeze', 'lora', 'full'))
-    n_freeze:int = option(24, 'layers frozen, counted from the input: a number, a part of them (0.75), or `auto`, '
-                          'three quarters', least=0, shown='N|PART|auto')
+    n_freeze:float = option(0.8, 'layers frozen, counted from the input: a part of them, a number (24), or `auto`, '
+                            'three quarters', least=0, shown='N|PART|auto')
     layers:str = option(None, 'layers that train, in place of n_freeze, counted from 0: `8-15`, `last:6`, or '
                         '`spectrum:0.25`, the quarter of the matrices with the most signal for their noise')
     rotate:int = option(None, 'of the layers that train so many at a time, drawn anew again and again (LISA); none: '

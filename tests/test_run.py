@@ -1,5 +1,7 @@
 "A whole run on a tiny model: what is promised of the folder, the weights and the numbers."
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +69,11 @@ def test_defaults_are_numbered(here, tiny, rows):
     for name in ('tiny', 'tiny-2'):
         run = train(RunConfig(model=str(tiny), data=str(rows), n_freeze=2, seq_len=256, max_steps=1, n_samples=0))
         assert run.out.name == name and (run.out/'model').is_dir()
+
+
+def test_a_config_alone(here, tiny, rows, command):
+    "A config without weights and tokenizer is enough to count memory; no hub is asked for the file's name."
+    shutil.copy(Path(tiny)/'config.json', 'config.json')
+    code, out, err = command('check', '--model', 'config.json', '--data', rows, '--memory', '8GB')
+    assert code == 0 and '.: no tokenizer; put its files beside config.json' in out, err
+    assert 'trains    layer 3 of 0-3, the head' in out and 'fits into 7.45 GiB' in out  # the upper fifth
