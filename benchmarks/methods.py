@@ -8,8 +8,9 @@ usage: methods.py --out RESULT.json [--rows demo FILE ...] [--minutes 60]   (sto
        methods.py --out RESULT.json --show                                  (the tables of what is there)
 
 1. Time: seconds a step, seconds a row through the frozen layers, and peak memory of each arm, on a quiet machine.
-2. Sweep: each arm at three rates or more, a third of the seconds, one seed; the best by the loss of validation rows.
-3. Seeds: the best rate with all of the seconds (three epochs at most), three seeds, measured on test rows.
+2. Sweep: each arm at three rates or more, a third of the seconds, one seed, by the loss of validation rows; then the
+   best of them and lower ones with all of the seconds (three epochs at most), for a longer run wants a lower rate.
+3. Seeds: the best rate with all of the seconds, three seeds, measured on test rows.
 4. Memory: arms that need more than the default get recomputed activations.
 5. Time to quality: the arms that came first, at parts of the seconds, three seeds. It waits until no arm is left.
 The jobs after the timing share the kept states of a folder: what they would cost is in the seconds by the timing.
@@ -438,8 +439,16 @@ class Bench:
                 return best
 
     def sweep_arm(self, arm, name, source, seconds, n_packed):
-        "The best rate of one arm on one set of rows."
+        "The best rate of one arm on one set of rows: near it in short runs, then down from there in long ones."
         lr = self.sweep(arm, name, source, self.steps_in(arm, seconds*PART_OF_SWEEP, n_packed))
+        steps, found, rates = self.steps_in(arm, seconds, n_packed), {}, [lr, lr/STEP]
+        while rates:
+            jobs = {f'whole/{name}/{arm}/{rate:.2g}': self.spec(arm, source, steps, rate, 0, 'validation')
+                    for rate in rates}
+            for rate, out in zip(rates, self.together(jobs)):
+                found[rate] = math.inf if 'failed' in out else mean(out['validation'])
+            lr = min(found, key=found.get)
+            rates = [lr/STEP] if lr == min(found) and len(found) < 4 else []
         with self.lock:
             self.result['arms'][arm].setdefault('lr', {})[name] = lr
 
@@ -450,12 +459,12 @@ class Bench:
             for arm in arms:
                 about = self.result['arms'][arm]
                 steps, lr = self.steps_in(arm, seconds, n_packed), about['lr'][name]
-                jobs[f'seeds/{name}/{arm}/{seed}'] = self.spec(arm, source, steps, lr, seed, 'fully')
+                jobs[f'seeds/{name}/{arm}/{lr:.2g}/{seed}'] = self.spec(arm, source, steps, lr, seed, 'fully')
                 recomputed = about.get('recomputed', dict(failed=''))
                 if 'failed' not in recomputed and recomputed['peak'] <= self.result['arms'][DEFAULT]['peak']:
                     fewer = self.steps_in(arm, seconds, n_packed, True)
                     spec = self.spec(arm, source, fewer, lr, seed, 'fully', recompute=True)
-                    last[f'recomputed/{name}/{arm}/{seed}'] = spec
+                    last[f'recomputed/{name}/{arm}/{lr:.2g}/{seed}'] = spec
         self.together(jobs | last)
 
     def time_to_quality(self, arm, name, source, seconds, n_packed):
@@ -464,7 +473,8 @@ class Bench:
         for part in PARTS:
             steps = self.steps_in(arm, seconds*part, n_packed)
             for seed in range(1, self.args.seeds + 1):
-                jobs[f'quality/{name}/{arm}/{part:.2f}/{seed}'] = self.spec(arm, source, steps, lr, seed, 'test')
+                key = f'quality/{name}/{arm}/{lr:.2g}/{part:.2f}/{seed}'
+                jobs[key] = self.spec(arm, source, steps, lr, seed, 'test')
         self.together(jobs)
 
     def all(self):
@@ -486,7 +496,7 @@ class Bench:
         if len(arms) < len(ARMS):
             return
         own = [arm for arm in good if 'peer' not in ARMS[arm]]
-        first = sorted(own, key=lambda arm: mean_of(self.result, f'seeds/{name}/{arm}/'))[:3]
+        first = sorted(own, key=lambda arm: mean_of(self.result, at_best(self.result, 'seeds', name, arm)))[:3]
         self.each(first, lambda arm: self.time_to_quality(arm, name, source, seconds, ours))
 
     def together(self, jobs):
@@ -506,6 +516,12 @@ class Bench:
 def mean(pairs):
     "Mean of [sum, number] pairs over all that was counted."
     return sum(s for s, _ in pairs)/sum(n for _, n in pairs)
+
+
+def at_best(result, kind, name, arm):
+    "How the names of an arm's jobs begin, those at its best rate."
+    lr = result['arms'][arm].get('lr', {}).get(name, math.nan)
+    return f'{kind}/{name}/{arm}/{lr:.2g}/'
 
 
 def chosen(result, prefix):
@@ -532,7 +548,7 @@ def against(result, prefix, other):
 
 def line_of(result, name, arm, kind='seeds'):
     "A line of a table; None where the arm has no result."
-    jobs = chosen(result, f'{kind}/{name}/{arm}/')
+    jobs = chosen(result, at_best(result, kind, name, arm))
     if not jobs:
         return None
     about = result['arms'][arm]
@@ -545,8 +561,9 @@ def line_of(result, name, arm, kind='seeds'):
                 seconds=about['fill']*jobs[0]['packed'] + about['step']*len(jobs[0]['seconds']),
                 loss=statistics.mean(losses), spread=max(losses) - min(losses), stops=statistics.mean(stops),
                 unrelated=statistics.mean(mean(out['unrelated']) for out in jobs))
-    if arm != PEER and chosen(result, f'seeds/{name}/{PEER}/'):
-        line['against'] = against(result, f'{kind}/{name}/{arm}/', f'seeds/{name}/{PEER}/')
+    peer = at_best(result, 'seeds', name, PEER)
+    if arm != PEER and chosen(result, peer):
+        line['against'] = against(result, at_best(result, kind, name, arm), peer)
     return line
 
 
@@ -590,14 +607,14 @@ def show_table(lines):
 
 def show_quality(result, name):
     "How many seconds the first arms need for the peer's loss."
-    target, seconds = mean_of(result, f'seeds/{name}/{PEER}/'), result['setup']['seconds'][name]
+    target, seconds = mean_of(result, at_best(result, 'seeds', name, PEER)), result['setup']['seconds'][name]
     if target == math.inf:
         return
     print(f'\ntime to quality: {PEER}, one epoch, {seconds:.0f} s: {target:.3f}')
     for arm in result['arms']:
         cells = []
         for part in PARTS:
-            loss = mean_of(result, f'quality/{name}/{arm}/{part:.2f}/')
+            loss = mean_of(result, at_best(result, 'quality', name, arm) + f'{part:.2f}/')
             if loss < math.inf:
                 cells.append(f'{part*seconds:.0f} s ({part:.2f}) {loss:.3f}{" reached" if loss <= target else ""}')
         if cells:
