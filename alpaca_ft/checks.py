@@ -171,6 +171,14 @@ EXERCISES |= {
 
 # %% ../nbs/a9_checks.ipynb #a9-x2
 EXERCISES |= {
+    '10-1': Exercise('the passes, as a whole number', '41b8def89452',
+                     'The output of the layers below 8 is kept. How many are computed forward?',
+                     'The gradient goes through just as many layers, and the weights of eight need one too.'),
+    '10-2': Exercise('the mean number of passes', Near(58.8, 0.8),
+                     'The gradient goes down to the lowest layer at work.',
+                     'Forward 30, backward from the top to the lowest of four drawn layers, and four for weights.'),
+    '10-3': Exercise('the epochs', 'b8986ac735b8',
+                     'A row costs 24 passes once, and 18 in each epoch.'),
     '11-1': Exercise('the share with rows of 1,024 tokens, over the share with rows of 512', Near(0.52, 0.06),
                      'The documents stay as long as they are, so their scores grow with the number of tokens.',
                      'The scores of a row grow with its square.'),
