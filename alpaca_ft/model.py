@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
-           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'freeze', 'in_bf16', 'autocast',
-           'first_in_graph', 'checkpoint_trained', 'chosen_layers', 'signal_to_noise', 'layer_matrices', 'spectrum',
-           'linear_modules', 'goes_to_experts', 'lora_modules', 'check_rotate', 'check_trains', 'resolve_choice',
-           'layer_weights', 'drawn', 'at_work', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk',
-           'Tail', 'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved',
-           'write_model', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape',
-           'model_folder']
+           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'frozen_layers', 'freeze',
+           'in_bf16', 'autocast', 'first_in_graph', 'checkpoint_trained', 'chosen_layers', 'signal_to_noise',
+           'layer_matrices', 'spectrum', 'linear_modules', 'goes_to_experts', 'lora_modules', 'check_rotate',
+           'check_trains', 'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'Place', 'settle', 'share',
+           'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config', 'has_adapter',
+           'check_adapter', 'mend_adapter_config', 'check_saved', 'write_model', 'save_model', 'one_of_each_kind',
+           'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -248,18 +248,29 @@ def apply_choice(
     return untied
 
 # %% ../nbs/04_model.ipynb #03-039
+def frozen_layers(
+    n_freeze,  # a number of layers, a part of them (0.8), or `auto`, three quarters
+    n:int,  # layers that the model has
+    name:str,  # of the model, for a refusal
+)->int:
+    "How many layers are frozen; raises `Refused` where the model has fewer."
+    part = 0.75 if n_freeze == 'auto' else n_freeze
+    number = round(part*n) if isinstance(part, float) and part < 1 else part
+    if not 0 <= number <= n:
+        raise Refused(f'n_freeze is {n_freeze}, but {name} has {n} layers; give 0 to {n}')
+    return int(number)
+
 def freeze(
     model,  # causal language model, changed in place
-    n_freeze:int=24,  # layers frozen, counted from the input; 0 to all
+    n_freeze:float=0.8,  # layers frozen, counted from the input: a number, a part of them, or `auto`
     freeze_embed:bool=True,  # False trains the input embedding too, and pulls every layer into the backward pass
     frozen_dtype:torch.dtype=None,  # of what stays; None: `compute_dtype()`; what trains is fp32
     verbose:bool=True,  # print what was done
 ):  # the model
     "Train the last layers and the output head only, as the article does; unties a tied head, trains in fp32."
     n = len(decoder_layers(model))
-    if not 0 <= n_freeze <= n:
-        raise Refused(f'n_freeze is {n_freeze}, but {type(model).__name__} has {n} layers; give 0 to {n}')
-    choice = Choice(list(range(n_freeze, n)), n, embed=not freeze_embed)
+    first = frozen_layers(n_freeze, n, type(model).__name__)
+    choice = Choice(list(range(first, n)), n, embed=not freeze_embed)
     untied = apply_choice(model, choice, frozen_dtype)
     if verbose:
         note = '; the head was tied to the embedding and has its own weight now' if untied else ''
@@ -330,12 +341,7 @@ def chosen_layers(
             remedy = 'give the lower number first' if low > high else 'give two of these numbers'
             raise Refused(f'layers is {cfg.layers}, but the layers of {name} are 0 to {n - 1}; {remedy}')
         return list(range(low, high + 1))
-    n_freeze = 0.75 if cfg.n_freeze == 'auto' else cfg.n_freeze
-    if isinstance(n_freeze, float):
-        n_freeze = round(n_freeze*n)
-    if n_freeze > n:
-        raise Refused(f'n_freeze is {n_freeze}, but {name} has {n} layers; give 0 to {n}')
-    return list(range(n_freeze, n))
+    return list(range(frozen_layers(cfg.n_freeze, n, name), n))
 
 # %% ../nbs/04_model.ipynb #04-sp2
 def signal_to_noise(
