@@ -256,7 +256,7 @@ def frozen_layers(
     "How many layers are frozen; raises `Refused` where the model has fewer."
     part = 0.75 if n_freeze == 'auto' else n_freeze
     number = round(part*n) if isinstance(part, float) and part < 1 else part
-    if not 0 <= number <= n:
+    if not 0 <= number <= n or number != int(number):
         raise Refused(f'n_freeze is {n_freeze}, but {name} has {n} layers; give 0 to {n}')
     return int(number)
 
