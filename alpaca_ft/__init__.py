@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # What a user needs can be imported from here; a module is loaded at the first use, so `import alpaca_ft` is quick.
 _modules = dict(

@@ -15,6 +15,7 @@ from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 
+from . import __version__
 from .data import Refused
 from .options import CHOICES, DEMO_ROWS, PRESETS, RunConfig, option_help, read_config
 
@@ -30,6 +31,8 @@ def add_options(
     for f in fields(RunConfig):
         flag = '--' + f.name.replace('_', '-')
         default = 'none' if f.default is None else f.default
+        if f.name in DEMO_ROWS:
+            default = f'{default}; where no rows are named, {DEMO_ROWS[f.name]}'
         about = f'{helps[f.name]} [{default}]'.replace('%', '%%')
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
@@ -97,7 +100,7 @@ COMMANDS = dict(  # command: (help, 'module:function', {argument: how argparse t
         '--n-samples': dict(type=int, metavar='N', help='rows answered, from the first on [all]'),
         '--max-new-tokens': _tokens,
         '--tasks': dict(metavar='FILE', nargs='+',
-                        help='task files of lm-eval with local data (needs alpaca_ft[eval])'),
+                        help='task files of lm-eval with local data (needs lm_eval)'),
         '--judge-url': dict(metavar='URL', help='an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, '
                             'that says which answer is better; it gets prompts and answers'),
         '--judge-model': dict(default='gpt-4o-mini', metavar='NAME', help="the judge's model [gpt-4o-mini]"),
@@ -125,7 +128,7 @@ COMMANDS = dict(  # command: (help, 'module:function', {argument: how argparse t
         '--track': dict(choices=('none', 'wandb'), default='none', help='log tables and the artifact [none]'),
         '--project': dict(default='alpaca_ft', metavar='NAME', help="the tracker's project [alpaca_ft]"),
     }),
-    completion=('a script that completes commands, options and file names (needs alpaca_ft[completion])',
+    completion=('a script that completes commands, options and file names (needs shtab)',
                 'cli:completion', {'shell': dict(choices=('bash', 'zsh', 'tcsh'), help='that will read the script')}),
 )
 
@@ -134,6 +137,7 @@ def make_parser()->argparse.ArgumentParser:  # of the whole command
     "The parser of `alpaca_ft` and its commands."
     about = 'Freeze-tune a causal language model on Alpaca instructions.'
     p = _Parser(prog='alpaca_ft', description=about, allow_abbrev=False)
+    p.add_argument('--version', action='version', version=f'alpaca_ft {__version__}')
     sub = p.add_subparsers(dest='command', metavar='COMMAND', required=True, parser_class=_Parser)
     runs = dict(train='fine-tune; with no option, the demo', check='everything of train short of the first step')
     for name, about in runs.items():
@@ -205,7 +209,7 @@ def completion(
 )->str:  # a script for it
     "What a shell reads to complete the command with the Tab key."
     if not find_spec('shtab'):
-        raise Refused("completion needs shtab, which is not installed; pip install 'alpaca_ft[completion]'")
+        raise Refused("completion needs shtab, which is not installed; pip install shtab")
     import shtab
     parser = make_parser()
     for command in parser.commands.values():

@@ -254,6 +254,7 @@ def write_jsonl(
     rows,  # dicts
 )->None:
     "Write rows as UTF-8 JSON lines."
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', encoding='utf-8') as f:
         for row in rows:
@@ -476,7 +477,7 @@ def check_near(
 )->None:
     "Refuse to count near-duplicates where the library for it is missing."
     if threshold is not None and not find_spec('datasketch'):
-        raise Refused("near_duplicates needs datasketch, which is not installed; pip install 'alpaca_ft[near]', "
+        raise Refused("near_duplicates needs datasketch, which is not installed; pip install datasketch, "
                       'or leave the option out')
 
 def _said(

@@ -546,7 +546,7 @@ def check_tasks(
 )->list:  # see `read_task`
     "All tasks, or a refusal before anything is measured."
     if paths and not find_spec('lm_eval'):
-        raise Refused("--tasks: lm-eval is not installed; pip install 'alpaca_ft[eval]'")
+        raise Refused("--tasks: lm-eval is not installed; pip install lm_eval")
     tasks = [read_task(p) for p in paths]
     if tasks:
         import lm_eval.api.metrics  # noqa: F401 (fills the registry)

@@ -33,7 +33,7 @@ class RunConfig:
     "Every option of a run. The defaults: SmolLM2-135M on the built-in rows, one epoch, loss on all tokens."
     model:str = option('demo', '`demo`, a folder, or a hub id of a causal language model')
     data:str = option('builtin', '`builtin` or `demo` rows, a file (.json, .jsonl, .parquet), a folder, a W&B artifact '
-                      'entity/project/name:alias, or a hub id; with no rows named, the command takes the demo\'s')
+                      'entity/project/name:alias, or a hub id')
     eval_data:str = option(None, "rows to evaluate on; none: the source's own test split, or a tenth of the rows "
                            '(at most 1000)')
     columns:str = option(None, "the rows' names for our columns, as in instruction=question,output=answer; none: the "
@@ -46,8 +46,8 @@ class RunConfig:
     out:str = option(None, 'the run folder, which must be new or empty; none: runs/NAME, numbered')
     method:str = option('freeze', '`freeze`: the chosen layers train; `lora`: small matrices added to them; `full`: '
                         'everything', choices=('freeze', 'lora', 'full'))
-    n_freeze:float = option(0.8, 'layers frozen, counted from the input: a part of them, a number (24), or `auto`, '
-                            'three quarters', least=0, shown='N|PART|auto')
+    n_freeze:float = option(0.8, 'layers frozen, counted from the input: a share of them (0.75), a number (24), or '
+                            '`auto`, three quarters', least=0, shown='N|PART|auto')
     layers:str = option(None, 'layers that train, in place of n_freeze, counted from 0: `8-15`, `last:6`, or '
                         '`spectrum:0.25`, the quarter of the matrices with the most signal for their noise')
     rotate:int = option(None, 'of the layers that train so many at a time, drawn anew again and again (LISA); none: '
@@ -74,13 +74,13 @@ class RunConfig:
     max_new_tokens:int = option(64, 'tokens in such an answer, at most', least=1)
     skip_bad_rows:bool = option(False, 'leave unusable rows out, and count them, instead of refusing the file')
     near_duplicates:float = option(None, 'count rows that have so large a share of their three-word phrases in common '
-                                   'with another, as in 0.8 (needs alpaca_ft[near]); none: not counted', least=0.1)
+                                   'with another, as in 0.8 (needs datasketch); none: not counted', least=0.1)
     dtype:str = option('auto', '`auto`: bf16 products where the hardware is fast at them; `bf16` or `fp32`',
                        choices=('auto', 'bf16', 'fp32'))
     train_dtype:str = option('fp32', 'precision of the weights that train, their gradients and the optimizer; `bf16`: '
                              'half the memory, and small steps are lost in rounding', choices=('fp32', 'bf16'))
     activation_checkpointing:bool = option(False, "recompute the trained layers' activations: less memory, "
-                                           'a quarter more time')
+                                           'a seventh to two fifths more time')
     prefix_cache:str = option('auto', "keep the frozen layers' output instead of computing it again: `auto`, `off`, "
                               '`memory` or `disk`', choices=('auto', 'off', 'memory', 'disk'))
     layer_by_layer:bool = option(None, 'read the frozen layers one by one, each once, and never hold them all; none: '

@@ -317,5 +317,5 @@ def test_near_duplicates_without_the_library(here, tiny):
         2,
         '',
         1,
-    ) and "pip install 'alpaca_ft[near]'" in r.stderr, r.stderr
+    ) and 'pip install datasketch' in r.stderr, r.stderr
     assert not list(here.iterdir())

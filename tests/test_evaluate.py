@@ -152,7 +152,7 @@ def test_answers_have_the_room_and_the_rows(seeds, tiny):
 
 def test_tasks_of_lm_eval(seeds, here, command, monkeypatch):
     "Ten questions beside the task file, before and after, with no connection to anywhere."
-    pytest.importorskip('lm_eval', reason="lm-eval is not installed; pip install 'alpaca_ft[eval]'")
+    pytest.importorskip('lm_eval', reason='lm-eval is not installed; pip install lm_eval')
     asked = []
     real = socket.socket.connect
     monkeypatch.setattr(socket.socket, 'connect', lambda self, address: asked.append(address) or real(self, address))
@@ -190,7 +190,7 @@ def test_tasks_of_lm_eval(seeds, here, command, monkeypatch):
     (('doc_to_choice: choices', 'doc_to_choice: !function code.choices'), 'without Python code'),
     (('test_split: test', 'include: other.yaml'), 'another task file')])
 def test_task_refused(change, why, here):
-    pytest.importorskip('lm_eval', reason="lm-eval is not installed; pip install 'alpaca_ft[eval]'")
+    pytest.importorskip('lm_eval', reason='lm-eval is not installed; pip install lm_eval')
     assert TASK.read_text().count(change[0]) == 1
     Path('task.yaml').write_text(TASK.read_text().replace(*change))
     Path('everyday.jsonl').write_text(TASK.with_suffix('.jsonl').read_text())

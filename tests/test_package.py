@@ -244,4 +244,4 @@ def test_completion(tmp_path):
         2,
         '',
         1,
-    ) and "pip install 'alpaca_ft[completion]'" in r.stderr
+    ) and 'pip install shtab' in r.stderr

@@ -147,17 +147,9 @@ def settings():
     return c['DEFAULT']
 
 
-def colab(text):
-    "A Colab badge behind each chapter's question, made of the notebook's path and the repository in settings.ini."
-    s = settings()
-    url = f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}"
-    return re.sub(r'^(\| \[[^]]+\]\((nbs/[\w]+\.ipynb)\) \| .*?) \|$',
-                  rf'\1 [![Open in Colab](nbs/images/colab.svg)]({url}/\2) |', text, flags=re.M)
-
-
 def readme():
     text, pictures = markdown(root/'nbs'/'index.ipynb', api=False)
-    text = colab(re.sub(r'\]\((?=images/|\w+\.ipynb)', '](nbs/', text).replace('](../', ']('))
+    text = re.sub(r'\]\((?=images/|\w+\.ipynb)', '](nbs/', text).replace('](../', '](')
     head = '<!-- rendered from nbs/index.ipynb by tools/render.py; edit the notebook -->\n\n'
     (root/'README.md').write_text(head + text, encoding='utf-8')
 
