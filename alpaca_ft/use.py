@@ -423,7 +423,7 @@ def model_card(
         table(facts(r)),
         *measured(run),
         '## Settings',
-        table((k, config[k]) for k in SETTINGS if config[k] is not None),
+        table((k, config[k]) for k in SETTINGS if config.get(k) is not None),
         '## Licence',
         f'The licence of {base} applies to these weights, and the data may add terms of its own. {licence}',
     ]) + '\n'
