@@ -1,6 +1,7 @@
 "Chats and other rows: masks against a slow reference, on the stock templates that TRL brings; a run on chats."
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 from alpaca_ft import RunConfig, load_alpaca, train, use_template
 from alpaca_ft.sampling import before_after
 from alpaca_ft.prompts import end_ids, is_alpaca, row_prompt, tokenize
-from alpaca_ft.templates import DATE, ChatTemplate
+from alpaca_ft.templates import DATE, DAY, ChatTemplate, render
 
 STOCK = Path(trl.__file__).parent/'chat_templates'
 # what ends an answer in each of them, before another turn and at the end
@@ -40,6 +41,15 @@ def demo():
     return model_folder('demo')
 
 
+class Clock(datetime):
+    "The clock of transformers, on another day."
+    day = datetime(2031, 12, 5)
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.day
+
+
 def slow_mask(text, ids, tokenizer, learnt):
     "The mask, token by token: each piece that is learnt is looked for behind the one before, and tokens are measured."
     spans, place = [], 0
@@ -56,12 +66,14 @@ def slow_mask(text, ids, tokenizer, learnt):
 
 
 @pytest.mark.parametrize('name', list(ENDS))
-def test_masks(name, demo):
-    "Answers and their ends are learnt, and nothing else; ids are those of transformers."
+def test_masks(name, demo, monkeypatch):
+    "Answers and their ends are learnt, and nothing else; ids are those of transformers on the day of DATE."
     if not (STOCK/f'{name}.jinja').exists():
         pytest.skip(f'this TRL does not bring {name}.jinja')
     tokenizer = tokenizer_with(name, demo)
     use_template(tokenizer, 'chat')
+    monkeypatch.setattr('transformers.utils.chat_template_utils.datetime', Clock)
+    monkeypatch.setattr(Clock, 'day', DAY)
     ids, mask = ChatTemplate(tokenizer).tokens(CHAT)
     assert ids == tokenizer.apply_chat_template(CHAT, date_string=DATE)['input_ids']
     before, ends = BEFORE.get(name, ('', '')), ENDS[name]
@@ -133,3 +145,42 @@ def test_chats_in_alpaca_prompts(tiny, tmp_path):
     assert one == plain
     assert two['input_ids'][:len(one['input_ids'])] == one['input_ids']
     assert sum(two['completion_mask']) > sum(one['completion_mask'])
+
+
+def test_the_copy_of_the_tokenizer(demo):
+    "It takes a while, so it is made where rows are tokenized, and not for each question."
+    tokenizer = tokenizer_with('qwen2_5', demo)
+    use_template(tokenizer, 'chat')
+    template = ChatTemplate(tokenizer)
+    template.ask(CHAT[:1])
+    template.spans(CHAT)
+    assert 'raw' not in vars(template)
+    template.tokens(CHAT)
+    assert template.raw is template.raw
+
+
+@pytest.mark.parametrize('name', ['gptoss', 'llama3_2'])
+def test_the_day(name, demo, monkeypatch):
+    "Templates that ask for the date are given the same day always, in the format that they ask for."
+    if not (STOCK/f'{name}.jinja').exists():
+        pytest.skip(f'this TRL does not bring {name}.jinja')
+    tokenizer = tokenizer_with(name, demo)
+    assert 'strftime_now' in tokenizer.chat_template
+    monkeypatch.setattr('transformers.utils.chat_template_utils.datetime', Clock)
+    text = render(tokenizer, CHAT[:1], ask=True)
+    assert '2031' not in text and ('2024-07-26' in text or DATE in text)
+    monkeypatch.setattr(Clock, 'day', DAY)
+    assert text == tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
+
+
+def test_formats_of_the_day(demo, monkeypatch):
+    "Each format, spaces and line breaks at the beginning too, as transformers writes them on that day."
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    monkeypatch.setattr('transformers.utils.chat_template_utils.datetime', Clock)
+    monkeypatch.setattr(Clock, 'day', DAY)
+    for begin in ('', '\n', '\n\n', '  ', ' \n {% if messages %}\n', '  {%- if messages %}'):
+        end = '{% endif %}' if 'if' in begin else ''
+        for form in ('%d %b %Y', '%A, %B %d, %Y', '%Y-%m-%dT%H:%M:%S', '%a %j %y %I %p'):
+            jinja = begin + "{{ strftime_now('" + form + "') }} {{ messages[0].content }}" + end
+            expected = tokenizer.apply_chat_template(CHAT[:1], chat_template=jinja, tokenize=False)
+            assert render(tokenizer, CHAT[:1], template=jinja) == expected, (begin, form)
