@@ -123,14 +123,17 @@ def fit_prompt(
     if row.get('messages') or not is_alpaca(tokenizer):
         return fit_chat(row, tokenizer, max_tokens)
     row, prompt = dict(row), create_prompt_no_answer(row)['text']
-    while (over := len(prompt_ids(prompt, tokenizer)) - max_tokens) > 0:
-        key = 'input' if row.get('input') else 'instruction'
-        ids = prompt_ids(row[key], tokenizer, first=False)
-        if len(ids) <= 1 and key == 'instruction':
-            raise Refused(f'{max_tokens} tokens have no room for the prompt template; give more')
-        least = 1 if key == 'instruction' else 0
-        row[key] = tokenizer.decode(ids[:max(least, len(ids) - over)])
-        prompt = create_prompt_no_answer(row)['text']
+    over = len(prompt_ids(prompt, tokenizer)) - max_tokens
+    for key, least in (('input', 0), ('instruction', 1)):
+        ids = prompt_ids(row.get(key) or '', tokenizer, first=False) if over > 0 else []
+        n = len(ids)
+        while over > 0 and n > least:
+            n = max(least, n - over)
+            row[key] = tokenizer.decode(ids[:n])
+            prompt = create_prompt_no_answer(row)['text']
+            over = len(prompt_ids(prompt, tokenizer)) - max_tokens
+    if over > 0:
+        raise Refused(f'{max_tokens} tokens have no room for the prompt template; give more')
     return prompt
 
 # %% ../nbs/06_sampling.ipynb #06-fc1
@@ -142,6 +145,8 @@ def fit_chat(
     "The prompt of a conversation in at most `max_tokens`: the oldest turns go first."
     template, turns = chat_template(tokenizer), turns_of(row)[:-1]
     oldest = 1 if turns[0]['role'] == 'system' else 0
+    ids = prompt_ids(turns[-1]['content'], tokenizer, first=False)
+    n = len(ids)  # those of them that stay
     while True:
         prompt = template.ask(turns)
         over = len(prompt_ids(prompt, tokenizer)) - max_tokens
@@ -150,10 +155,10 @@ def fit_chat(
         if len(turns) > oldest + 1:
             del turns[oldest:oldest + 2]
             continue
-        ids = prompt_ids(turns[-1]['content'], tokenizer, first=False)
-        if len(ids) <= 1:
+        if n <= 1:
             raise Refused(f'{max_tokens} tokens have no room for the prompt template; give more')
-        turns[-1] = dict(role='user', content=tokenizer.decode(ids[:max(1, len(ids) - over)]))
+        n = max(1, n - over)
+        turns[-1] = dict(role='user', content=tokenizer.decode(ids[:n]))
 
 # %% ../nbs/06_sampling.ipynb #05-032
 def printable(
