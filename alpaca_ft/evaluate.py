@@ -37,7 +37,7 @@ from .manifest import rows_digest
 from .model import Tail, compute_dtype, load_model, load_tokenizer
 from .options import RunConfig
 from .prompts import prompt_ids, same_template, tokenize
-from .sampling import fit_prompt, generate_all, printable, visible
+from .sampling import fit_prompt, generate_all, printable, prompt_room, visible
 from .stream import open_stream
 from .trainer import PackedLoss, StepCollator, on_device, quiet, row_sums
 
@@ -201,7 +201,8 @@ def measure(
         same_template(tokenizer, load_tokenizer(like, trust_remote_code))
     model = load_model(name, dtype=compute_dtype(), trust_remote_code=trust_remote_code)
     asked = rows if n_samples is None else rows.select(range(min(n_samples, len(rows))))
-    prompts = [fit_prompt(r, tokenizer, seq_len) for r in asked]
+    room = prompt_room(model.config, seq_len, max_new_tokens)
+    prompts = [fit_prompt(r, tokenizer, room) for r in asked]
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return dict(losses=row_losses(model, tokenizer, rows, seq_len), neutral=neutral_losses(model, tokenizer, seq_len),
                 answers=answer_rows(prompts, model, tokenizer, max_new_tokens),

@@ -46,7 +46,7 @@ from .processes import (each_does, everyone, is_first, first_does, launch_name, 
                                  shared, together)
 from .prompts import tokenize, use_template
 from .report import ReportCB, preflight_lines
-from .sampling import LLMSampleCB, in_colour, row_documents, show_row
+from .sampling import LLMSampleCB, fit_prompt, in_colour, prompt_room, row_documents, show_row
 from .stream import START, BadRow, PackedStream, count, open_stream, stream_lines
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
@@ -329,6 +329,9 @@ def check_fit(
     limit = getattr(run.model.config.get_text_config(), 'max_position_embeddings', None)
     if limit and run.cfg.seq_len > limit:
         raise Refused(f'seq_len is {run.cfg.seq_len}, but {name} has {limit} positions; give at most that')
+    if run.cfg.n_samples and not run.large:
+        room = prompt_room(run.model.config, run.cfg.seq_len, run.cfg.max_new_tokens)
+        fit_prompt(dict(instruction='a', input=''), run.tokenizer, room)  # refused where not even the template fits
 
 # %% ../nbs/16_run.ipynb #16-la1
 def load_whole(
@@ -847,8 +850,9 @@ def build_trainer(
         run.model = None
         run.whole.release(loss.tail)
     if cfg.n_samples and not run.large:
+        room = prompt_room(run.shape.config, cfg.seq_len, cfg.max_new_tokens)
         trainer.add_callback(LLMSampleCB(trainer, run.rows['test'], cfg.n_samples, cfg.max_new_tokens,
-                                         out/'samples.jsonl', run.whole.use_by_all, max_prompt_tokens=cfg.seq_len))
+                                         out/'samples.jsonl', run.whole.use_by_all, max_prompt_tokens=room))
     if run.place.device.type == 'cpu':
         trainer.add_callback(GiveBack(run.report['gives_back']))
     for cb in (*tracker.callbacks, ReportCB(out), *callbacks):

@@ -34,7 +34,7 @@ from .prefix import available_memory
 from .prompts import (chat_template, create_prompt_no_answer, is_alpaca, prompt_ids, prompt_input,
                               prompt_no_input)
 from .report import facts
-from .sampling import as_found, fit_prompt, generate_all, generation_config, visible
+from .sampling import as_found, fit_prompt, generate_all, generation_config, prompt_room, visible
 from .tracking import evaluation_of, finish_wandb, log_folder, start_wandb
 from .trainer import quiet
 
@@ -171,11 +171,12 @@ def sample(
     "Answer one prompt or a file of rows, in the template of the training."
     rows = to_answer(run, instruction, input, file, to)
     model, tokenizer, config = load_both(run, trust_remote_code=trust_remote_code)
+    room = prompt_room(model.config, config.get('seq_len', 1024), max_new_tokens)
     safe = visible if sys.stdout.isatty() else str
     shown = []
     for i in range(0, len(rows), 8*batch_size):
         part = rows[i:i + 8*batch_size]
-        lines = answers_to(part, model, tokenizer, config.get('seq_len', 1024), max_new_tokens, batch_size)
+        lines = answers_to(part, model, tokenizer, room, max_new_tokens, batch_size)
         if to:
             append_jsonl(Path(to), lines)
         elif file:

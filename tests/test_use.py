@@ -425,3 +425,30 @@ def test_question_and_answer(tiny, here, command):
     r = several.command('chat', 'run', '--max-new-tokens', 6, given='How many legs have 2 of the cat?\nAnd 3?\n/quit\n')
     said = r.stdout.split('> ')
     assert r.returncode == 0 and len(said) == 4 and all(text.strip() for text in said[1:3]), r.stdout + r.stderr
+
+
+def test_room_for_the_answer(tokenizer, here, command):
+    "A model that has learned its positions is asked so that its answer has positions too; prompts here are too long."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=4, n_head=4, n_positions=160, bos_token_id=0,
+                               eos_token_id=1)).save_pretrained('gpt2')
+    tokenizer.save_pretrained('gpt2')
+    long = [dict(instruction='Shorten.', input=f'{i} ' + 'The tide came in. '*40, output='The tide.') for i in range(2)]
+    rows = [dict(instruction=f'Name {i}.', input='', output=f'It is {i}.') for i in range(24)]
+    for name, some in (('rows.jsonl', rows[4:]), ('long.jsonl', long + rows[:4])):
+        with open(name, 'w') as f:
+            f.writelines(json.dumps(row) + '\n' for row in some)
+    words = ['train', '--model', './gpt2', '--data', 'rows.jsonl', '--eval-data', 'long.jsonl', '--seq-len', 160,
+             '--n-freeze', 2, '--max-steps', 2, '--dtype', 'fp32', '--n-samples', 2]
+    code, out, err = command(*words, '--max-new-tokens', 40, '--out', 'run')
+    assert code == 0 and 'left out' not in err, err
+    prompts = [json.loads(line)['prompt'] for line in open('run/samples.jsonl')]
+    assert prompts and all(100 < len(tokenizer(p)['input_ids']) <= 120 for p in prompts)
+    code, out, err = command('sample', 'run', '--file', 'long.jsonl', '--max-new-tokens', 40)
+    assert code == 0 and len(out.splitlines()) == 6, err
+    code, out, err = command('evaluate', 'run', '--against', 'none', '--n-samples', 2, '--max-new-tokens', 40)
+    assert code == 0 and 'tokens, median' in out, err
+    code, out, err = command(*words, '--max-new-tokens', 150, '--out', 'none')
+    assert code == 2 and err.splitlines()[-1].startswith('alpaca_ft: 10 tokens have no room for the prompt'), err
+    assert len(err.splitlines()) == 1 and not os.path.exists('none'), err
