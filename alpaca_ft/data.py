@@ -205,11 +205,15 @@ def row_problem(
 def one_row(
     raw,  # an object read from a file
     columns:dict=None,  # the file's names for instruction, input, output or messages, where they are others
+    check=None,  # function of a good row that says what else is wrong with it, or None
 )->tuple:  # (dict of instruction, input, output and perhaps messages; what is wrong with it, or None)
     "One row in our columns, checked."
     row, problem = as_row(raw, columns)
     problem = problem or row_problem(row)
-    return (raw, problem) if problem else (row | dict(input=row['input'] or ''), None)
+    if problem:
+        return raw, problem
+    row = row | dict(input=row['input'] or '')
+    return row, check(row) if check else None
 
 # %% ../nbs/01_data.ipynb #01-033-s1
 def checked(
@@ -218,11 +222,12 @@ def checked(
     skip_bad:bool=False,  # leave bad rows out instead of refusing
     bad:list=None,  # collects a line for each row left out
     columns:dict=None,  # the file's names for instruction, input, output or messages, where they are others
+    check=None,  # see `one_row`
 ):  # dicts of instruction, input, output (and messages, for a chat of several turns), one at a time
     "The good rows as text columns; refused at the end with the first bad one and the count of all."
     first_bad, n_good, n_bad = None, 0, 0
     for number, raw in rows:
-        row, problem = one_row(raw, columns)
+        row, problem = one_row(raw, columns, check)
         if problem is None:
             n_good += 1
             yield row
@@ -339,10 +344,11 @@ def _checked_files(
     skip_bad:bool,  # leave bad rows out instead of refusing
     bad:list,  # collects a line for each row left out
     columns:dict=None,  # see `checked`
+    check=None,  # see `checked`
 ):  # dicts of instruction, input, output, one at a time
     "The good rows of several files, one file after the other."
     for path in paths:
-        yield from checked(iter_rows(path), path, skip_bad, bad, columns)
+        yield from checked(iter_rows(path), path, skip_bad, bad, columns, check)
 
 # %% ../nbs/01_data.ipynb #01-054-s1-s1
 def _folder_splits(
@@ -363,12 +369,13 @@ def _load_folder(
     skip_bad:bool,  # leave bad rows out instead of refusing
     bad:list,  # collects a line for each row left out
     columns:dict=None,  # see `checked`
+    check=None,  # see `checked`
 ):  # DatasetDict with `train`, `test`, or both, as the file names say
     "All rows of a folder; a file's name tells its split."
     from datasets import DatasetDict
     loaded = DatasetDict()
     for split, its_paths in _folder_splits(folder).items():
-        loaded[split] = as_dataset(_checked_files(its_paths, skip_bad, bad, columns))
+        loaded[split] = as_dataset(_checked_files(its_paths, skip_bad, bad, columns, check))
     return loaded
 
 # %% ../nbs/01_data.ipynb #01-061
@@ -398,15 +405,16 @@ def load_alpaca(
     skip_bad:bool=False,  # leave bad rows out instead of refusing
     bad:list=None,  # collects a line for each row left out
     columns:dict=None,  # the file's names for instruction, input, output or messages, see `parse_columns`
+    check=None,  # see `one_row`
 ):  # DatasetDict with `train`, and `test` where the source has one; columns instruction, input, output
     "Load and check Alpaca rows; raises `Refused` with file and row number."
     from datasets import DatasetDict
     path = find_rows(source)
     if path is None:
-        return _load_hub(str(source), skip_bad, bad, columns)
+        return _load_hub(str(source), skip_bad, bad, columns, check)
     if path.is_dir():
-        return _load_folder(path, skip_bad, bad, columns)
-    return DatasetDict(train=as_dataset(checked(iter_rows(path), path, skip_bad, bad, columns)))
+        return _load_folder(path, skip_bad, bad, columns, check)
+    return DatasetDict(train=as_dataset(checked(iter_rows(path), path, skip_bad, bad, columns, check)))
 
 # %% ../nbs/01_data.ipynb #01-068
 def split_alpaca(
@@ -650,6 +658,7 @@ def _load_hub(
     skip_bad:bool,  # leave bad rows out instead of refusing
     bad:list,  # collects a line for each row left out
     columns:dict=None,  # see `checked`
+    check=None,  # see `checked`
 ):  # DatasetDict with `train`, `test`, or both
     "A data set from the hub; refused in one line where it cannot be had."
     from datasets import DatasetDict, load_dataset
@@ -663,5 +672,5 @@ def _load_hub(
     loaded = DatasetDict()
     for split, (source,) in used.items():
         rows = enumerate(splits[source], 1)
-        loaded[split] = as_dataset(checked(rows, f'{name} [{source}]', skip_bad, bad, columns))
+        loaded[split] = as_dataset(checked(rows, f'{name} [{source}]', skip_bad, bad, columns, check))
     return loaded

@@ -36,7 +36,7 @@ from .formats import parse_columns
 from .manifest import rows_digest
 from .model import Tail, compute_dtype, load_model, load_tokenizer
 from .options import RunConfig
-from .prompts import prompt_ids, same_template, tokenize
+from .prompts import RowCheck, prompt_ids, same_template, tokenize
 from .sampling import fit_prompt, generate_all, printable, prompt_room, visible
 from .stream import open_stream
 from .trainer import PackedLoss, StepCollator, on_device, quiet, row_sums
@@ -64,14 +64,15 @@ def run_options(
 # %% ../nbs/08_evaluate.ipynb #08-014
 def load_rows(
     cfg:RunConfig,  # data, eval_data, columns, skip_bad_rows, seed
+    tokenizer=None,  # rows that its template does not take are bad ones; None: they are not looked at
 )->tuple:  # (DatasetDict with train and test, lines about rows left out)
     "Training and evaluation rows as the options say."
     from datasets import DatasetDict
     bad = []
-    columns = parse_columns(cfg.columns)
-    ds = load_alpaca(cfg.data, cfg.skip_bad_rows, bad, columns)
+    columns, check = parse_columns(cfg.columns), RowCheck(tokenizer)
+    ds = load_alpaca(cfg.data, cfg.skip_bad_rows, bad, columns, check)
     if cfg.eval_data:
-        other = load_alpaca(cfg.eval_data, cfg.skip_bad_rows, bad, columns)
+        other = load_alpaca(cfg.eval_data, cfg.skip_bad_rows, bad, columns, check)
         return DatasetDict(train=ds['train'], test=other['test' if 'test' in other else 'train']), bad
     if 'train' not in ds:
         raise Refused(f'{cfg.data}: has {", ".join(ds)}, but no train split')
@@ -83,15 +84,16 @@ def load_rows(
 def held_out(
     config:dict,  # the run's config, or {}
     data:str=None,  # other rows: what `load_alpaca` takes; its test split where it has one
+    tokenizer=None,  # see `load_rows`; of the run's model
 ):  # Dataset of rows
     "The rows to measure on: those named, else those that the run held back, else those held back of the built-in rows."
     if data:
-        ds = load_alpaca(data)
+        ds = load_alpaca(data, check=RowCheck(tokenizer))
         return ds['test' if 'test' in ds else 'train']
     if not config:
         return split_alpaca(load_alpaca()['train'])['test']
     options = run_options(config)
-    rows = open_stream(options) if options.stream else load_rows(options)[0]
+    rows = open_stream(options, tokenizer) if options.stream else load_rows(options, tokenizer)[0]
     was = (config.get('manifest') or {}).get('data')
     now = rows.identity() if options.stream else rows_digest(rows['train'], rows['test'])
     if was and now != was:
@@ -693,13 +695,18 @@ def common_rows(
     runs:list,  # names, for the message
     configs:list,  # of the runs
     data:str=None,  # see `held_out`
+    trust_remote_code:bool=False,  # run Python code that comes with a model
 ):  # Dataset of rows
     "The rows that all runs held back; raises `Refused` where they held back different ones."
-    rows = held_out(configs[0], data)
+    tokenizers = []
+    for run, config in zip(runs, configs):
+        trust = trust_remote_code or config.get('trust_remote_code', False)
+        tokenizers.append(load_tokenizer(find_model(run)[0], trust))
+    rows = held_out(configs[0], data, tokenizers[0])
     if data:
         return rows
-    for name, config in zip(runs[1:], configs[1:]):
-        if held_out(config)[:] != rows[:]:
+    for name, config, tokenizer in zip(runs[1:], configs[1:], tokenizers[1:]):
+        if held_out(config, tokenizer=tokenizer)[:] != rows[:]:
             raise Refused(f'{runs[0]} and {name} held back different rows, so one was trained on rows of the other; '
                           'make one split with `alpaca_ft split`, train them all on it as --data, or give rows that '
                           'none has seen as --data')
@@ -864,7 +871,7 @@ def evaluate(
     runs = list(dict.fromkeys([str(runs)] if isinstance(runs, (str, Path)) else map(str, runs)))
     models, configs, other = who(runs, against)
     check_judge(judge_url, runs, other, n_samples)
-    todo, rows = check_tasks(tasks or []), common_rows(runs, configs, data)
+    todo, rows = check_tasks(tasks or []), common_rows(runs, configs, data, trust_remote_code)
     each = measure_each(models, configs, rows, n_samples, max_new_tokens, trust_remote_code, todo)
     about = dict(heads=heads(configs, other), max_new_tokens=max_new_tokens, data=data or configs[0].get('data'))
     folder = Path(to or (runs[0] if len(runs) == 1 and configs[0] else 'evaluation'))

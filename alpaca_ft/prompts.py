@@ -6,11 +6,12 @@
 __all__ = ['MARK', 'prompt_no_input', 'prompt_input', 'create_prompt', 'create_prompt_no_answer', 'prompt_completion', 'boundary',
            'check_tokenizer', 'tokenize', 'prompt_ids', 'alpaca_chat_template', 'use_template', 'same_template',
            'is_alpaca', 'saved_template', 'chat_template', 'turns_of', 'row_prompt', 'has_chats', 'chat_batch',
-           'end_ids', 'byte_lengths', 'boundaries', 'tokenize_batch']
+           'end_ids', 'RowCheck', 'byte_lengths', 'boundaries', 'tokenize_batch']
 
 # %% ../nbs/02_prompts.ipynb #02-002
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -255,6 +256,30 @@ def end_ids(
     if not is_alpaca(tokenizer):
         ends.add(tokenizer.convert_tokens_to_ids(chat_template(tokenizer).shape(('user', 'assistant')).stop))
     return sorted(ends)
+
+# %% ../nbs/02_prompts.ipynb #02-rc2
+class RowCheck:
+    "Says of a row why a model's template does not take it, as `check` of `load_alpaca`."
+    def __init__(self,
+        tokenizer,  # knows the template; None: every row is fine
+    ):
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def template(self):
+        "The template, once a row needs it."
+        check_tokenizer(self.tokenizer)
+        return chat_template(self.tokenizer)
+
+    def __call__(self, row):
+        "What is wrong with a row, or None."
+        if self.tokenizer is None or is_alpaca(self.tokenizer) and not row.get('messages'):
+            return None
+        template = self.template
+        try:
+            template.spans(turns_of(row))
+        except Refused as e:
+            return str(e)
 
 # %% ../nbs/02_prompts.ipynb #02-061
 def byte_lengths(

@@ -257,16 +257,16 @@ def read_and_pack(
     "Rows as the options say, checked, tokenized and packed; of a stream its first window."
     from datasets import DatasetDict
     cfg, rows, bad = run.cfg, None, []
+    run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+    use_template(run.tokenizer, cfg.template)
     if cfg.stream:
-        rows = open_stream(cfg)
+        rows = open_stream(cfg, run.tokenizer)
         first = rows.portion(START)
         if not first.rows:
             raise Refused(f'{cfg.data}: no row is left to train on; give more rows, or other ones as --eval-data')
         run.rows = DatasetDict(train=as_dataset(first.rows), test=rows.test)
     else:
-        run.rows, bad = load_rows(cfg)
-    run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
-    use_template(run.tokenizer, cfg.template)
+        run.rows, bad = load_rows(cfg, run.tokenizer)
     if cfg.stream:
         run.stream, bad = PackedStream(rows, run.tokenizer, cfg), first.bad
         if cfg.epochs or not cfg.max_steps:

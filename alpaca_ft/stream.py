@@ -30,7 +30,7 @@ from .manifest import digest, rows_digest, tokenizer_digest, versions
 from .options import RunConfig
 from .packing import packed_batches
 from .processes import is_first, processes, rank
-from .prompts import tokenize
+from .prompts import RowCheck, tokenize
 from .trainer import taken_in_turn, turns
 
 # %% ../nbs/a11_stream.ipynb #a11-010
@@ -169,8 +169,9 @@ class RowStream:
         test=None,  # Dataset of rows to evaluate on; None: chosen by the rule
         columns:dict=None,  # see `parse_columns`
         skip_bad:bool=False,  # leave bad rows out instead of refusing
+        check=None,  # see `RowCheck`
     ):
-        self.source, self.size, self.columns, self.skip_bad = source, size, columns, skip_bad
+        self.source, self.size, self.columns, self.skip_bad, self.check = source, size, columns, skip_bad, check
         self.by_rule = test is None
         self.test = as_dataset(self.chosen()) if self.by_rule else test
         self.keys = set(_texts(self.test))
@@ -178,7 +179,7 @@ class RowStream:
     def good(self, at, portion=None):
         "(row, the place behind it) of each good row; bad ones are refused, or left out and noted in the portion."
         for where, raw, problem, behind in self.source.rows(at):
-            row, problem = (None, problem) if problem else one_row(raw, self.columns)
+            row, problem = (None, problem) if problem else one_row(raw, self.columns, self.check)
             if problem is None:
                 yield row, behind
             elif not self.skip_bad:
@@ -403,18 +404,20 @@ def sources(
 
 def open_stream(
     cfg:RunConfig,  # data, eval_data, columns, skip_bad_rows, stream_window
+    tokenizer=None,  # rows that its template does not take are bad ones; None: they are not looked at
 )->RowStream:
     "The rows that the options name; those to evaluate on are loaded. Raises `Refused`."
     columns, found, test = parse_columns(cfg.columns), sources(cfg.data), None
+    check = RowCheck(copy.deepcopy(tokenizer))  # another thread uses it
     if 'train' not in found:
         raise Refused(f'{cfg.data}: has {", ".join(found)}, but no train split')
     if cfg.eval_data:
-        other = load_alpaca(cfg.eval_data, cfg.skip_bad_rows, columns=columns)
+        other = load_alpaca(cfg.eval_data, cfg.skip_bad_rows, columns=columns, check=check)
         test = other['test' if 'test' in other else 'train']
     elif 'test' in found:
-        whole = RowStream(found['test'], sys.maxsize, as_dataset(iter(())), columns, cfg.skip_bad_rows)
+        whole = RowStream(found['test'], sys.maxsize, as_dataset(iter(())), columns, cfg.skip_bad_rows, check)
         test = as_dataset(row for row, _ in whole.good(None))
-    stream = RowStream(found['train'], cfg.stream_window, test, columns, cfg.skip_bad_rows)
+    stream = RowStream(found['train'], cfg.stream_window, test, columns, cfg.skip_bad_rows, check)
     if not len(stream.test):
         raise Refused(f'{cfg.data}: no usable rows; expected objects with instruction, input and output')
     return stream

@@ -157,8 +157,8 @@ class ChatTemplate:
         for turn in turns:
             for token in self.specials:
                 if token in turn['content']:
-                    raise Refused(f"a row holds the special token {token!r} in the {turn['role']}'s text, where it "
-                                  'would end the turn; take it out of the row')
+                    raise Refused(f"the {turn['role']}'s text holds the special token {token!r}, which could end the "
+                                  'turn; take it out')
 
     def spans(self, turns):
         "The text of a conversation, and (start, end) of each part of it that is learnt, in characters."

@@ -105,16 +105,24 @@ def test_counted(argv, command):
     assert seen[1] == 2*seen[0] == 2*about['train']['packed_tokens']  # each row once a pass
 
 
-def test_a_bad_row_in_its_middle(argv, made, command):
+@pytest.mark.parametrize('kind', ['half a line', 'not for the template'])
+def test_a_bad_row_in_its_middle(kind, argv, made, command):
     "Its line is named, what was computed is kept, and the run goes on without it."
+    bad, why, more = '{"instruction": "half a li', 'not a JSON object', []
+    if kind == 'not for the template':
+        bad, why, more = json.dumps(made[0] | dict(output='a </s> b')), "the assistant's text holds the special token", [
+            '--template', 'own.jinja']
+        Path('own.jinja').write_text("{% for m in messages %}{{ m.role + ':' + m.content }}"
+                                     "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+                                     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
     rows = [json.dumps(row) + '\n' for row in made]
     words = argv('bad')  # writes the file
-    words += ['--max-steps', 24, '--eval-data', 'eval.jsonl']
+    words += ['--max-steps', 24, '--eval-data', 'eval.jsonl', *more]
     write('eval.jsonl', made[:10])
-    Path('my.jsonl').write_text(''.join(rows[:150]) + '\n{"instruction": "half a li\n' + ''.join(rows[150:]))
+    Path('my.jsonl').write_text(''.join(rows[:150]) + f'\n{bad}\n' + ''.join(rows[150:]))
     code, out, err = command(*words)
     said = err.splitlines()[-1]
-    assert code == 1 and 'my.jsonl: row 152: not a JSON object' in said, said
+    assert code == 1 and f'my.jsonl: row 152: {why}' in said, said
     at, = Path('bad/checkpoints').iterdir()
     assert f'the last checkpoint is {at}' in said and '--skip-bad-rows' in said, said
     code, out, err = command(*shlex.split(said.split('go on with: alpaca_ft ')[1]))

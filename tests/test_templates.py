@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import several
 import trl
 from transformers import AutoTokenizer
 
@@ -130,6 +131,32 @@ def test_run_on_chats(tiny, tmp_path):
     assert [line for line in before_after(tmp_path / 'run' / 'samples.jsonl') if line.startswith('asked')] == [
         'asked:  And plus two?'
     ] * 2
+
+
+def test_a_row_that_the_template_does_not_take(tiny, here, command):
+    "It is named by its file and number; left out and counted with --skip-bad-rows; in a talk it ends nothing."
+    rows = [dict(instruction=f'What is {i} plus one?', input='', output=f'It is {i + 1}.') for i in range(24)]
+    rows[4]['input'] = 'one </s> two'
+    (here/'rows.jsonl').write_text('\n' + ''.join(json.dumps(row) + '\n' for row in rows))
+    (here/'own.jinja').write_text("{% for m in messages %}{{ m.role + ':' + m.content }}"
+                                  "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+                                  "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+    words = ['--model', tiny, '--data', 'rows.jsonl', '--template', 'own.jinja', '--n-freeze', 2, '--seq-len', 128,
+             '--max-steps', 2, '--n-samples', 1, '--max-new-tokens', 2, '--dtype', 'fp32', '--out', 'run']
+    code, out, err = command('train', *words)
+    why = "rows.jsonl: row 6: the user's text holds the special token '</s>'"
+    assert code == 2 and why in err and '(1 bad of 24 rows;' in err and len(err.splitlines()) == 1, err
+    code, out, err = command('train', *words, '--skip-bad-rows')
+    assert code == 0 and f'left out  1 bad rows, the first: {why}' in err, err
+    code, out, err = command('evaluate', 'run', '--against', 'none', '--n-samples', 1, '--max-new-tokens', 2)
+    assert code == 0 and '2 rows held back' in out, err
+    code, out, err = command('evaluate', 'run', '--data', 'rows.jsonl', '--against', 'none')
+    assert code == 2 and why in err, err
+    code, out, err = command('sample', 'run', '--file', 'rows.jsonl', '--to', 'to.jsonl')
+    assert code == 2 and why in err and not (here/'to.jsonl').exists(), err
+    said = several.command('chat', 'run', '--max-new-tokens', 2, given='Hello </s>\nHello\n/quit\n')
+    assert said.returncode == 0 and "> [the user's text holds the special token '</s>'" in said.stdout, said.stderr
+    assert len(said.stdout.split('> ')) == 4 and said.stdout.split('> ')[2].strip(), said.stdout
 
 
 def test_chats_in_alpaca_prompts(tiny, tmp_path):
