@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
                                    lost, out_of_memory, read_state, resume_command, shorter_log, tidy)
 from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
-from .data import Refused, as_dataset, check_near, near_duplicates, shared_rows
+from .data import Refused, as_dataset, check_near, find_rows, near_duplicates, shared_rows
 from .evaluate import load_rows
 from .files import read_config_file, write_whole
 from .layers import (Large, as_folder, large_model, save_by_shard, shards, spare_memory, state_kind,
@@ -257,6 +257,7 @@ def read_and_pack(
     "Rows as the options say, checked, tokenized and packed; of a stream its first window."
     from datasets import DatasetDict
     cfg, rows, bad = run.cfg, None, []
+    find_rows(cfg.data)  # what is not there is refused before a tokenizer is fetched
     run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
     use_template(run.tokenizer, cfg.template)
     if cfg.stream:

@@ -110,8 +110,8 @@ def test_a_bad_row_in_its_middle(kind, argv, made, command):
     "Its line is named, what was computed is kept, and the run goes on without it."
     bad, why, more = '{"instruction": "half a li', 'not a JSON object', []
     if kind == 'not for the template':
-        bad, why, more = json.dumps(made[0] | dict(output='a </s> b')), "the assistant's text holds the special token", [
-            '--template', 'own.jinja']
+        bad, more = json.dumps(made[0] | dict(output='a </s> b')), ['--template', 'own.jinja']
+        why = "the assistant's text holds the special token"
         Path('own.jinja').write_text("{% for m in messages %}{{ m.role + ':' + m.content }}"
                                      "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
                                      "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
