@@ -65,7 +65,7 @@ def load_model(
     "Load a causal language model from safetensors, without remote code; raises `Refused`."
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM
-    if device_map is not None and started() > 1:
+    if device_map not in (None, 'cpu') and started() > 1:
         raise Refused(f'device_map is {device_map!r}, and {started()} processes were started: a model is either spread '
                       'over devices or copied to processes; leave one of them out')
     model = _load(AutoModelForCausalLM.from_pretrained, model_id, device_map=device_map, dtype=dtype,

@@ -440,14 +440,15 @@ class WholeModel:
         "Put together what trains, where it is spread over processes; all of them have to ask."
         trained = self.tail.trained() if self.tail is not None else {}
         if any(hasattr(p, 'full_tensor') for p in trained.values()):
-            self.trained = {name: nn.Parameter(gathered(p.detach())) for name, p in trained.items()}
+            self.trained = {name: nn.Parameter(gathered(p.detach()).cpu()) for name, p in trained.items()}
 
     def assemble(self):
         "Load the frozen part again, and put the trained parameters in their places."
         for f, was in self.files.items():
             if not f.exists() or self.stamp(f) != was:
                 raise OSError(f'{f}: was changed or removed while its upper layers were trained')
-        model = load_model(self.cfg.model, trust_remote_code=self.cfg.trust_remote_code)
+        place = 'cpu' if self.trained else None  # beside its parts, a device may have no room for the whole
+        model = load_model(self.cfg.model, place, trust_remote_code=self.cfg.trust_remote_code)
         apply_choice(model, self.choice, self.dtype)
         for name, p in (self.trained or self.tail.trained()).items():
             module, _, attribute = name.rpartition('.')
@@ -459,7 +460,7 @@ class WholeModel:
         "`use`, in all processes at once."
         self.gather()
         with self.use() as model:
-            yield model
+            yield model.to(next(self.tail.parameters()).device) if self.trained else model
         self.trained = None
 
     @contextmanager
