@@ -26,7 +26,7 @@ from .data import Refused, cache_dir
 from .files import sync, write_whole
 from .memory import give_back_at_once, planned, twin
 from .model import (Attention, Choice, Place, Trunk, apply_choice, cut_layers, decoder_layers,
-                             mend_generation_config, model_folder, resolve_choice, share)
+                             mend_generation_config, model_folder, quantised, resolve_choice, share)
 from .model import _load
 from .options import RunConfig
 from .prefix import (States, available_memory, file_sum, give_back_memory, intact, make_room, map_states,
@@ -256,6 +256,9 @@ def large_model(
         if asked:
             raise Refused(f'layer_by_layer: {why}; leave it out')
         return None
+    if method := quantised(model):
+        raise Refused(f'{cfg.model}: its weights are quantised ({method}), which are not read layer by layer; '
+                      'give the unquantised model, or use --no-layer-by-layer')
     folder = fetched(cfg.model)
     places = where_weights_are(model, shards(folder))
     check_names(model, places, cfg.model)

@@ -77,3 +77,12 @@ def test_a_config_alone(here, tiny, rows, command):
     code, out, err = command('check', '--model', 'config.json', '--data', rows, '--memory', '8GB')
     assert code == 0 and '.: no tokenizer; put its files beside config.json' in out, err
     assert 'trains    layer 3 of 0-3, the head' in out and 'fits into 7.45 GiB' in out  # the upper fifth
+
+
+
+def test_a_config_of_codes(here, tiny, rows, command):
+    "A config alone does not say whether quantised weights become numbers in loading."
+    config = json.loads((tiny/'config.json').read_text()) | dict(quantization_config=dict(quant_method='fp8'))
+    (here/'config.json').write_text(json.dumps(config))
+    code, out, err = command('check', '--model', 'config.json', '--data', rows, '--n-freeze', 2)
+    assert code == 0 and 'whether it can be trained: its weights are quantised (fp8)' in out, err
