@@ -15,6 +15,7 @@ import mmap
 import os
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -242,8 +243,11 @@ def map_states(
 )->States:
     "States in a file, read as they are needed."
     with open(path, 'rb') as f:
-        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    return States(lengths, torch.frombuffer(mapped, dtype=dtype).view(-1, hidden), mapped)
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='The given buffer is not writable')  # nor is it written to
+        data = torch.frombuffer(mapped, dtype=dtype)
+    return States(lengths, data.view(-1, hidden), mapped)
 
 # %% ../nbs/09_prefix.ipynb #09-054-p1
 def _reserve(part, n_bytes):

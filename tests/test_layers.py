@@ -390,3 +390,26 @@ def test_quantised_as_a_whole(tiny, rows, here, monkeypatch):
     with pytest.raises(Refused, match='quantised'):
         freeze(load_model(str(folder)), 2)
 
+
+def test_a_file_larger_than_memory(tmp_path):
+    "One weight is read from a file that this machine's memory could not hold."
+    import psutil
+    n = psutil.virtual_memory().total + psutil.swap_memory().total + 2**33
+    small, scalar = torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.tensor(7)
+    about = dict(
+        rest=dict(dtype='U8', shape=[n], data_offsets=[0, n]),
+        small=dict(dtype='BF16', shape=[2, 3], data_offsets=[n, n + 12]),
+        scalar=dict(dtype='I64', shape=[], data_offsets=[n + 12, n + 20]),
+    )
+    text = json.dumps(about).encode()
+    file = tmp_path/'model.safetensors'
+    with open(file, 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        f.truncate(8 + len(text) + n)  # without contents, it takes no room
+        f.seek(8 + len(text) + n)
+        f.write(small.view(torch.uint8).numpy().tobytes() + scalar.numpy().tobytes())
+    found = read_weights(dict(a=(file, 'small'), b=(file, 'scalar')))
+    assert torch.equal(found['a'], small) and found['a'].dtype == small.dtype and torch.equal(found['b'], scalar)
+    os.truncate(file, file.stat().st_size - 9)
+    with pytest.raises(Refused, match='ends before the whole of small'):
+        read_weights(dict(a=(file, 'small')))

@@ -78,3 +78,22 @@ def test_linear_loss_gathers():
         kept = fast.grad if x is h else kept
     assert fast.grad is kept
     torch.testing.assert_close(fast.grad, plain.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_states_larger_than_memory(tmp_path):
+    "A file of states that this machine's memory could not hold is opened, without a warning."
+    import warnings
+    import psutil
+    from alpaca_ft.prefix import map_states
+    n = (psutil.virtual_memory().total + psutil.swap_memory().total)//2**13 + 2**20  # rows of 8 KB, and 8 GB more
+    last = torch.arange(2048, dtype=torch.float32)
+    with open(tmp_path/'states.bin', 'wb') as f:
+        f.truncate((n - 1)*2**13)  # without contents, it takes no room
+        f.seek((n - 1)*2**13)
+        f.write(last.numpy().tobytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        states = map_states(tmp_path/'states.bin', [n - 1, 1], torch.float32, 2048)
+    states.read_ahead([1])
+    assert torch.equal(states[1][0], last) and not states[0][:3].any()
+
