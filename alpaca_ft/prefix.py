@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['States', 'packed_lengths', 'rows_states', 'states_in_memory', 'with_row_numbers', 'drops_out', 'why_no_states',
-           'available_memory', 'Keep', 'room_for_states', 'check_place', 'decide', 'file_sum', 'intact', 'map_states',
-           'write_states', 'make_room', 'there_already', 'states_on_disk', 'both_ways', 'try_tail', 'give_back_memory',
-           'WholeModel']
+           'available_memory', 'Keep', 'kept_files', 'room_for_states', 'check_place', 'decide', 'file_sum', 'intact',
+           'map_states', 'write_states', 'make_room', 'there_already', 'states_on_disk', 'both_ways', 'try_tail',
+           'give_back_memory', 'WholeModel']
 
 # %% ../nbs/09_prefix.ipynb #09-003
 import ctypes
@@ -166,10 +166,17 @@ class Keep:
     why:str  # in a few words
 
 # %% ../nbs/09_prefix.ipynb #09-043-p1
+def kept_files(
+    folder:Path,  # of kept states
+)->list:
+    "Files of kept states, and of passes that were killed (appendix A10)."
+    return [*folder.glob('*.bin'), *folder.glob('*.layers')]
+
 def room_for_states()->dict:  # bytes by place: memory, disk
-    "What is free for states."
+    "What states may take: what is free, and on the disk what older ones take."
     cache_dir().mkdir(parents=True, exist_ok=True)
-    return dict(memory=available_memory(), disk=shutil.disk_usage(cache_dir()).free)
+    old = sum(p.stat().st_size for p in kept_files(cache_dir()/'prefix'))
+    return dict(memory=available_memory(), disk=shutil.disk_usage(cache_dir()).free + old)
 
 # %% ../nbs/09_prefix.ipynb #09-043-p2
 def check_place(
@@ -293,8 +300,7 @@ def make_room(
     n_bytes:int,  # that are to be written
 )->None:
     "Delete the states that were used longest ago until old and new ones take at most half of what the disk could give."
-    kept = [*folder.glob('*.bin'), *folder.glob('*.layers')]  # and what killed passes left (appendix A10)
-    files = sorted(kept, key=lambda p: p.stat().st_mtime)
+    files = sorted(kept_files(folder), key=lambda p: p.stat().st_mtime)
     there = sum(p.stat().st_size for p in files)
     limit = (there + shutil.disk_usage(folder).free)/2
     for p in files:

@@ -97,3 +97,33 @@ def test_states_larger_than_memory(tmp_path):
     states.read_ahead([1])
     assert torch.equal(states[1][0], last) and not states[0][:3].any()
 
+
+@pytest.mark.parametrize('where', ['disk', 'auto'])
+def test_states_that_are_there_are_room(where, tmp_path, monkeypatch):
+    "What would be deleted for new states, or is what the run needs, does not count against them."
+    import os
+    import shutil
+    from collections import namedtuple
+    from alpaca_ft import Refused
+    from alpaca_ft.prefix import decide
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(tmp_path))
+    monkeypatch.setattr('alpaca_ft.prefix.available_memory', lambda: 0)
+    (tmp_path/'prefix').mkdir()
+    whole = 200_000
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: namedtuple('Usage', 'total used free')(
+        whole, 0, whole - sum(p.stat().st_size for p in (tmp_path/'prefix').iterdir())))
+    n_bytes = 110_000 if where == 'disk' else 90_000
+    def there(): return decide(RunConfig(prefix_cache=where), n_bytes, 900, 9).where
+    assert there() == 'disk'
+    for name in ('a.bin', 'b.layers'):
+        (tmp_path/'prefix'/name).touch()
+        os.truncate(tmp_path/'prefix'/name, n_bytes)
+        assert there() == 'disk'
+        (tmp_path/'prefix'/name).unlink()
+    (tmp_path/'prefix'/'other').touch()
+    os.truncate(tmp_path/'prefix'/'other', n_bytes)  # what is nobody's to delete
+    if where == 'auto':
+        assert there() == 'off'
+    else:
+        with pytest.raises(Refused, match='90,000 are free'):
+            there()
