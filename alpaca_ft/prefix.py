@@ -146,15 +146,20 @@ def why_no_states(
     return None
 
 # %% ../nbs/09_prefix.ipynb #09-041
-def available_memory()->int:  # bytes
+def available_memory(
+    folder:Path=Path('/sys/fs/cgroup'),  # where the system tells of a container
+)->int:  # bytes
     "Memory that this process may still take: psutil tells the machine's, a container may have less."
     import psutil
     free = psutil.virtual_memory().available
     try:
-        limit = Path('/sys/fs/cgroup/memory.max').read_text().strip()
+        limit = (folder/'memory.max').read_text().strip()
         if limit != 'max':
-            free = min(free, int(limit) - int(Path('/sys/fs/cgroup/memory.current').read_text()))
-    except (OSError, ValueError):
+            used = int((folder/'memory.current').read_text())
+            parts = dict(line.split() for line in (folder/'memory.stat').read_text().splitlines())
+            used -= int(parts['active_file']) + int(parts['inactive_file'])  # copies of files on the disk
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError, KeyError):
         pass  # no such container
     return max(0, free)
 
