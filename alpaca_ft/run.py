@@ -661,7 +661,7 @@ def prepare_shape(
     else:
         config = _load(AutoConfig.from_pretrained, cfg.model, trust_remote_code=cfg.trust_remote_code)
         with torch.device('meta'):
-            run.model = AutoModelForCausalLM.from_config(config)
+            run.model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
     if cfg.dtype == 'auto':
         run.place = Place(run.place.device, torch.bfloat16)
     run.shape = twin(run.model, 'meta')
