@@ -77,3 +77,28 @@ def test_a_config_alone(here, tiny, rows, command):
     code, out, err = command('check', '--model', 'config.json', '--data', rows, '--memory', '8GB')
     assert code == 0 and '.: no tokenizer; put its files beside config.json' in out, err
     assert 'trains    layer 3 of 0-3, the head' in out and 'fits into 7.45 GiB' in out  # the upper fifth
+
+
+def test_a_config_with_code_of_its_own(here, tiny, rows, command):
+    "With --trust-remote-code, a config alone is counted by the code that comes with it."
+    config = json.loads((tiny/'config.json').read_text()) | dict(
+        model_type='own', auto_map=dict(AutoConfig='own.OwnConfig', AutoModelForCausalLM='own.OwnModel'))
+    (here/'own').mkdir()
+    (here/'own'/'config.json').write_text(json.dumps(config))
+    (here/'own'/'own.py').write_text("""from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig): model_type = 'own'
+class OwnModel(LlamaForCausalLM): config_class = OwnConfig
+""")
+    flags = ['check', '--model', 'own/config.json', '--data', rows, '--n-freeze', 2]
+    code, out, err = command(*flags, '--trust-remote-code')
+    assert code == 0 and 'trains    layers 2-3 of 0-3, the head' in out, err
+    code, out, err = command(*flags)
+    assert code == 2 and len(err.splitlines()) == 1, err
+
+
+def test_a_config_of_codes(here, tiny, rows, command):
+    "A config alone does not say whether quantised weights become numbers in loading."
+    config = json.loads((tiny/'config.json').read_text()) | dict(quantization_config=dict(quant_method='fp8'))
+    (here/'config.json').write_text(json.dumps(config))
+    code, out, err = command('check', '--model', 'config.json', '--data', rows, '--n-freeze', 2)
+    assert code == 0 and 'whether it can be trained: its weights are quantised (fp8)' in out, err
