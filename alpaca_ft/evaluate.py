@@ -698,6 +698,7 @@ def common_rows(
     trust_remote_code:bool=False,  # run Python code that comes with a model
 ):  # Dataset of rows
     "The rows that all runs held back; raises `Refused` where they held back different ones."
+    quiet()
     tokenizers = []
     for run, config in zip(runs, configs):
         trust = trust_remote_code or config.get('trust_remote_code', False)
