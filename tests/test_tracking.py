@@ -182,6 +182,25 @@ def test_damaged_download(server, damage):
     assert len(load_alpaca('me/proj/data:latest')['train']) == 5
 
 
+def test_two_downloads_at_once(server, tmp_path):
+    "Two processes of a run want the same files: one downloads, the other one waits and takes what is there."
+    server.delay = 1
+    code = ("import wandb\nfrom alpaca_ft import load_alpaca\nprint('ready', flush=True)\ninput()\n"
+            "print(len(load_alpaca('me/proj/data:latest')['train']))")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen([sys.executable, '-c', code], **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == 'ready\n'
+    for process in both:
+        process.stdin.write('\n')
+        process.stdin.flush()
+    for process in both:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, '5\n'), err
+    assert sorted(p for op, p in server.seen if op == 'GET' and p.startswith('/files/')) == sorted(
+        f'/files/{name}' for name in FILES)
+
+
 def test_trackio(tiny, rows, tmp_path):
     pytest.importorskip('trackio', reason='trackio is not installed; pip install trackio')
     run = tiny_run(tiny, rows, tmp_path/'run', track='trackio')
