@@ -154,6 +154,21 @@ def test_metadata(tokenizer, tmp_path):
             assert again(text)['input_ids'] == t(text)['input_ids']
 
 
+def test_lora_is_loaded_once(tiny, rows, here, monkeypatch):
+    "The base alone, in fp32, where the sum is computed and saved: a second copy may have no room."
+    from alpaca_ft import use
+    train(RunConfig(model=str(tiny), data=str(rows), out='lora', method='lora', n_freeze=2, seq_len=256, max_steps=2,
+                    n_samples=0, dtype='fp32'), [])
+    loads, load = [], use.load_model
+    monkeypatch.setattr(use, 'load_model', lambda *args, **kw: loads.append((args, kw)) or load(*args, **kw))
+    export('lora', 'merged')
+    assert [args for args, _ in loads] == [(str(tiny),)]
+    assert loads[0][1]['dtype'] == torch.float32 and loads[0][1]['device_map'] == 'cpu'
+    saved, want = load_model('merged'), merged_model('lora/model', torch.bfloat16)
+    for k, v in want.state_dict().items():
+        assert torch.equal(v, saved.state_dict()[k]), k
+
+
 def test_lora(tiny, rows, here):
     "An adapter is merged into the file, and nothing is left of the folder that takes."
     train(RunConfig(model=str(tiny), data=str(rows), out='lora', method='lora', n_freeze=2, seq_len=256, max_steps=3,
