@@ -70,11 +70,11 @@ def load_rows(
     bad = []
     columns = parse_columns(cfg.columns)
     ds = load_alpaca(cfg.data, cfg.skip_bad_rows, bad, columns)
+    if 'train' not in ds:
+        raise Refused(f'{cfg.data}: has {", ".join(ds)}, but no train split')
     if cfg.eval_data:
         other = load_alpaca(cfg.eval_data, cfg.skip_bad_rows, bad, columns)
         return DatasetDict(train=ds['train'], test=other['test' if 'test' in other else 'train']), bad
-    if 'train' not in ds:
-        raise Refused(f'{cfg.data}: has {", ".join(ds)}, but no train split')
     if 'test' in ds:
         return DatasetDict(train=ds['train'], test=ds['test']), bad
     return split_alpaca(ds['train'], cfg.seed), bad
