@@ -188,7 +188,8 @@ def run_folder(
     finally:
         lock.release()
         (out/LOCK).unlink(missing_ok=True)
-        begun = (out/'config.yaml').exists() and not refused
+        trained = (out/'model').exists() or bool(checkpoints(out))
+        begun = (out/'config.yaml').exists() and (trained or not refused)
         if not begun and not cfg.resume and not existed:
             shutil.rmtree(out, ignore_errors=True)
             for parent in out.parents:

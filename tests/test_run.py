@@ -79,6 +79,25 @@ def test_a_config_alone(here, tiny, rows, command):
     assert 'trains    layer 3 of 0-3, the head' in out and 'fits into 7.45 GiB' in out  # the upper fifth
 
 
+def test_refused_after_the_first_step(here, tiny, rows):
+    "What was trained stays, and the run goes on; without a checkpoint nothing is left."
+    from transformers import TrainerCallback
+    from alpaca_ft import Refused
+
+    class No(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == 3:
+                raise Refused('a file is damaged')
+    common = dict(model=str(tiny), data=str(rows), n_freeze=2, seq_len=256, max_steps=4, n_samples=0, dtype='fp32')
+    for name, every in (('none', None), ('kept', 2)):
+        with pytest.raises(Refused, match='a file is damaged'):
+            train(RunConfig(out=name, save_every=every, **common), [No()])
+    assert not Path('none').exists()
+    assert sorted(p.name for p in Path('kept/checkpoints').iterdir()) == ['step-2']
+    train(RunConfig(out='kept', save_every=2, resume=True, **common))
+    assert Path('kept/model').is_dir()
+
+
 def test_order_is_drawn_once(monkeypatch):
     "Of a million rows it takes a fifth of a second, and was drawn twice a step."
     from alpaca_ft.trainer import rows_of_step
