@@ -79,6 +79,39 @@ def test_a_config_alone(here, tiny, rows, command):
     assert 'trains    layer 3 of 0-3, the head' in out and 'fits into 7.45 GiB' in out  # the upper fifth
 
 
+def with_token(tiny, tokenizer, folder, **kw):
+    "The tiny model, its tokenizer with one token more than it has embeddings."
+    import copy
+    from tokenizers import AddedToken
+    tok = copy.deepcopy(tokenizer)
+    tok.add_tokens([AddedToken('<image_soft_token>', **kw)], special_tokens=kw.get('special', False))
+    shutil.copytree(tiny, folder)
+    tok.save_pretrained(folder)
+    return tok
+
+
+def test_special_token_without_an_embedding(here, tiny, rows, tokenizer, command):
+    "Gemma 3 has one for images, which its text models never see. In a row it is text; where it is used, it is refused."
+    tok = with_token(tiny, tokenizer, here/'soft', special=True)
+    assert tok.convert_tokens_to_ids('<image_soft_token>') == 600
+    (here/'named.jsonl').write_text(rows.read_text() + json.dumps(
+        dict(instruction='Name it.', input='', output='It is <image_soft_token>.')) + '\n')
+    common = ['--n-freeze', 2, '--seq-len', 256, '--dtype', 'fp32']
+    code, out, err = command('check', '--model', './soft', '--data', 'named.jsonl', *common)
+    assert code == 0, err
+    (here/'turns.jinja').write_text("{% for m in messages %}{{ m.role + m.content }}<image_soft_token>{% endfor %}"
+                                    "{% if add_generation_prompt %}assistant{% endif %}")
+    code, out, err = command('check', '--model', './soft', '--data', rows, '--template', 'turns.jinja', *common)
+    assert code == 2 and '601 tokens, the model 600' in err and len(err.splitlines()) == 1, err
+    tok.pad_token = '<image_soft_token>'
+    tok.save_pretrained(here/'soft')
+    code, out, err = command('check', '--model', './soft', '--data', rows, *common)
+    assert code == 2 and '601 tokens, the model 600' in err and len(err.splitlines()) == 1, err
+    with_token(tiny, tokenizer, here/'plain')
+    code, out, err = command('check', '--model', './plain', '--data', rows, *common)
+    assert code == 2 and '601 tokens, the model 600' in err and len(err.splitlines()) == 1, err
+
+
 def test_refused_after_the_first_step(here, tiny, rows):
     "What was trained stays, and the run goes on; without a checkpoint nothing is left."
     from transformers import TrainerCallback
