@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
-           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'frozen_layers', 'freeze',
-           'in_bf16', 'autocast', 'first_in_graph', 'checkpoint_trained', 'chosen_layers', 'signal_to_noise',
-           'layer_matrices', 'spectrum', 'linear_modules', 'goes_to_experts', 'lora_modules', 'check_rotate',
-           'check_trains', 'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'Place', 'settle', 'share',
-           'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config', 'has_adapter',
+           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'quantised', 'check_numbers',
+           'frozen_layers', 'freeze', 'in_bf16', 'autocast', 'first_in_graph', 'checkpoint_trained', 'chosen_layers',
+           'signal_to_noise', 'layer_matrices', 'spectrum', 'linear_modules', 'goes_to_experts', 'lora_modules',
+           'check_rotate', 'check_trains', 'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'Place', 'settle',
+           'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config', 'has_adapter',
            'check_adapter', 'mend_adapter_config', 'check_saved', 'write_model', 'save_model', 'one_of_each_kind',
            'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
 
@@ -65,7 +65,7 @@ def load_model(
     "Load a causal language model from safetensors, without remote code; raises `Refused`."
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM
-    if device_map is not None and started() > 1:
+    if device_map not in (None, 'cpu') and started() > 1:
         raise Refused(f'device_map is {device_map!r}, and {started()} processes were started: a model is either spread '
                       'over devices or copied to processes; leave one of them out')
     model = _load(AutoModelForCausalLM.from_pretrained, model_id, device_map=device_map, dtype=dtype,
@@ -247,6 +247,26 @@ def apply_choice(
     model.products_in_bf16 = frozen_dtype == torch.bfloat16  # also where nothing is frozen
     return untied
 
+# %% ../nbs/04_model.ipynb #04-qu2
+def quantised(
+    model,  # causal language model
+)->str|None:  # the method
+    "How a model's weights are quantised, where transformers has not turned them into numbers."
+    about = getattr(model.config, 'quantization_config', None)
+    if about is None:
+        return None
+    method = (about if isinstance(about, dict) else about.to_dict()).get('quant_method')
+    return str(getattr(method, 'value', method))
+
+def check_numbers(
+    model,  # causal language model
+    name:str,  # of the model, for a refusal
+)->None:
+    "Refuse a model whose weights are codes; raises `Refused`."
+    if method := quantised(model):
+        raise Refused(f'{name}: its weights are quantised ({method}) and stay so here, which cannot be trained; '
+                      'give the unquantised model')
+
 # %% ../nbs/04_model.ipynb #03-039
 def frozen_layers(
     n_freeze,  # a number of layers, a part of them (0.8), or `auto`, three quarters
@@ -268,6 +288,7 @@ def freeze(
     verbose:bool=True,  # print what was done
 ):  # the model
     "Train the last layers and the output head only, as the article does; unties a tied head, trains in fp32."
+    check_numbers(model, type(model).__name__)
     n = len(decoder_layers(model))
     first = frozen_layers(n_freeze, n, type(model).__name__)
     choice = Choice(list(range(first, n)), n, embed=not freeze_embed)

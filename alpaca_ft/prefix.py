@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['States', 'packed_lengths', 'rows_states', 'states_in_memory', 'with_row_numbers', 'drops_out', 'why_no_states',
-           'available_memory', 'Keep', 'room_for_states', 'check_place', 'decide', 'file_sum', 'intact', 'map_states',
-           'write_states', 'make_room', 'there_already', 'states_on_disk', 'both_ways', 'try_tail', 'give_back_memory',
-           'WholeModel']
+           'available_memory', 'Keep', 'kept_files', 'room_for_states', 'check_place', 'decide', 'file_sum', 'intact',
+           'map_states', 'write_states', 'make_room', 'there_already', 'states_on_disk', 'both_ways', 'try_tail',
+           'give_back_memory', 'WholeModel']
 
 # %% ../nbs/09_prefix.ipynb #09-003
 import ctypes
@@ -15,6 +15,7 @@ import mmap
 import os
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -145,15 +146,20 @@ def why_no_states(
     return None
 
 # %% ../nbs/09_prefix.ipynb #09-041
-def available_memory()->int:  # bytes
+def available_memory(
+    folder:Path=Path('/sys/fs/cgroup'),  # where the system tells of a container
+)->int:  # bytes
     "Memory that this process may still take: psutil tells the machine's, a container may have less."
     import psutil
     free = psutil.virtual_memory().available
     try:
-        limit = Path('/sys/fs/cgroup/memory.max').read_text().strip()
+        limit = (folder/'memory.max').read_text().strip()
         if limit != 'max':
-            free = min(free, int(limit) - int(Path('/sys/fs/cgroup/memory.current').read_text()))
-    except (OSError, ValueError):
+            used = int((folder/'memory.current').read_text())
+            parts = dict(line.split() for line in (folder/'memory.stat').read_text().splitlines())
+            used -= int(parts['active_file']) + int(parts['inactive_file'])  # copies of files on the disk
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError, KeyError):
         pass  # no such container
     return max(0, free)
 
@@ -165,10 +171,17 @@ class Keep:
     why:str  # in a few words
 
 # %% ../nbs/09_prefix.ipynb #09-043-p1
+def kept_files(
+    folder:Path,  # of kept states
+)->list:
+    "Files of kept states, and of passes that were killed (appendix A10)."
+    return [*folder.glob('*.bin'), *folder.glob('*.layers')]
+
 def room_for_states()->dict:  # bytes by place: memory, disk
-    "What is free for states."
+    "What states may take: what is free, and on the disk what older ones take."
     cache_dir().mkdir(parents=True, exist_ok=True)
-    return dict(memory=available_memory(), disk=shutil.disk_usage(cache_dir()).free)
+    old = sum(p.stat().st_size for p in kept_files(cache_dir()/'prefix'))
+    return dict(memory=available_memory(), disk=shutil.disk_usage(cache_dir()).free + old)
 
 # %% ../nbs/09_prefix.ipynb #09-043-p2
 def check_place(
@@ -242,8 +255,11 @@ def map_states(
 )->States:
     "States in a file, read as they are needed."
     with open(path, 'rb') as f:
-        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    return States(lengths, torch.frombuffer(mapped, dtype=dtype).view(-1, hidden), mapped)
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='The given buffer is not writable')  # nor is it written to
+        data = torch.frombuffer(mapped, dtype=dtype)
+    return States(lengths, data.view(-1, hidden), mapped)
 
 # %% ../nbs/09_prefix.ipynb #09-054-p1
 def _reserve(part, n_bytes):
@@ -289,8 +305,7 @@ def make_room(
     n_bytes:int,  # that are to be written
 )->None:
     "Delete the states that were used longest ago until old and new ones take at most half of what the disk could give."
-    kept = [*folder.glob('*.bin'), *folder.glob('*.layers')]  # and what killed passes left (appendix A10)
-    files = sorted(kept, key=lambda p: p.stat().st_mtime)
+    files = sorted(kept_files(folder), key=lambda p: p.stat().st_mtime)
     there = sum(p.stat().st_size for p in files)
     limit = (there + shutil.disk_usage(folder).free)/2
     for p in files:
@@ -440,14 +455,15 @@ class WholeModel:
         "Put together what trains, where it is spread over processes; all of them have to ask."
         trained = self.tail.trained() if self.tail is not None else {}
         if any(hasattr(p, 'full_tensor') for p in trained.values()):
-            self.trained = {name: nn.Parameter(gathered(p.detach())) for name, p in trained.items()}
+            self.trained = {name: nn.Parameter(gathered(p.detach()).cpu()) for name, p in trained.items()}
 
     def assemble(self):
         "Load the frozen part again, and put the trained parameters in their places."
         for f, was in self.files.items():
             if not f.exists() or self.stamp(f) != was:
                 raise OSError(f'{f}: was changed or removed while its upper layers were trained')
-        model = load_model(self.cfg.model, trust_remote_code=self.cfg.trust_remote_code)
+        place = 'cpu' if self.trained else None  # beside its parts, a device may have no room for the whole
+        model = load_model(self.cfg.model, place, trust_remote_code=self.cfg.trust_remote_code)
         apply_choice(model, self.choice, self.dtype)
         for name, p in (self.trained or self.tail.trained()).items():
             module, _, attribute = name.rpartition('.')
@@ -459,7 +475,7 @@ class WholeModel:
         "`use`, in all processes at once."
         self.gather()
         with self.use() as model:
-            yield model
+            yield model.to(next(self.tail.parameters()).device) if self.trained else model
         self.trained = None
 
     @contextmanager

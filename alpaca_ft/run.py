@@ -35,8 +35,9 @@ from .files import read_config_file, write_whole
 from .layers import (Large, as_folder, large_model, save_by_shard, shards, spare_memory, state_kind,
                               states_by_layer, try_saving_about)
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
-from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, _load, apply_choice, at_work, has_adapter,
-                    load_model, load_tokenizer, model_shape, resolve_choice, save_model, settle, try_saving)
+from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, _load, apply_choice, at_work, check_numbers,
+                             has_adapter, load_model, load_tokenizer, model_shape, quantised, resolve_choice,
+                             save_model, settle, try_saving)
 from .memory import (GiveBack, as_bytes, at_work_already, bytes_of, counted_advice, fit_lines, fitting,
                               memory_table, planned, twin)
 from .options import PRESETS, RunConfig, plan
@@ -349,6 +350,7 @@ def load_whole(
     if has_adapter(run.model):
         raise Refused(f'{cfg.model}: an adapter, not a model of its own; merge it with `alpaca_ft export`, '
                       'and train that')
+    check_numbers(run.model, cfg.model)
     check_fit(run)
     run.shape = twin(run.model, 'meta')
     run.choice = resolve_choice(cfg, run.model)
@@ -668,13 +670,16 @@ def prepare_shape(
     else:
         config = _load(AutoConfig.from_pretrained, cfg.model, trust_remote_code=cfg.trust_remote_code)
         with torch.device('meta'):
-            run.model = AutoModelForCausalLM.from_config(config)
+            run.model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
     if cfg.dtype == 'auto':
         run.place = Place(run.place.device, torch.bfloat16)
     run.shape = twin(run.model, 'meta')
     run.choice = resolve_choice(cfg, run.model)
     apply_choice(run.model, run.choice, run.place.dtype)
     unknown.append('speed, isolation and gradients: measured on loaded weights only')
+    if method := quantised(run.model):
+        unknown.append(f'whether it can be trained: its weights are quantised ({method}), and refused unless '
+                       'transformers turns them into numbers here')
     try:
         check_tokenizer(cfg.model)
         read_and_pack(run)

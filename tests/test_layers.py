@@ -3,6 +3,7 @@ pass goes on where it stood."""
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import several
 import torch
 
 from alpaca_ft import Refused, RunConfig, train
-from alpaca_ft.layers import checksum, header, shards, write_shard
+from alpaca_ft.layers import checksum, header, read_weights, shards, write_shard
 
 root = Path(__file__).parent.parent
 SHAPE = dict(
@@ -328,3 +329,87 @@ def test_gguf(kind, tokenizer, rows, tmp_path, monkeypatch, command):
     code, out, err = command('train', '--model', file, '--data', rows, '--out', tmp_path / 'no')
     assert code == 2 and 'one.gguf: cannot be read' in err and len(err.splitlines()) == 2, err
     assert not (tmp_path / 'no').exists() and not list((tmp_path / 'cacheTrue' / 'gguf').glob('*.part'))
+
+
+def coded(folder, source, method, code):
+    """A model's folder with the matrices of its layers quantised: `code` gives the codes of a matrix, and a scale under
+    a name of its own."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(source, folder)
+    weights = {}
+    for key, t in load_file(folder/'model.safetensors').items():
+        weights |= code(key, t) if t.dim() == 2 and '.layers.' in key else {key: t}
+    save_file(weights, folder/'model.safetensors', metadata=dict(format='pt'))
+    config = json.loads((folder/'config.json').read_text()) | dict(quantization_config=method)
+    (folder/'config.json').write_text(json.dumps(config))
+    return folder
+
+
+def fp8(key, t):
+    scale = t.abs().max()/448
+    name = key.replace('.weight', '.weight_scale_inv')
+    return {key: (t/scale).to(torch.float8_e4m3fn), name: scale.float().reshape(1, 1)}
+
+
+def ternary(key, t):
+    from transformers.integrations.bitnet import pack_weights
+    scale = t.abs().mean()
+    codes = pack_weights((t/scale).round().clamp(-1, 1))
+    return {key: codes, key.replace('.weight', '.weight_scale'): scale.float().reshape(1)}
+
+
+def test_quantised(tiny, rows, here, monkeypatch):
+    """Codes whose scales have no name in the model are not taken for weights, asked for or where memory is short;
+    transformers turns them into numbers on a CPU, so a run that loads them as a whole is one like another."""
+    from alpaca_ft import layers
+    from alpaca_ft.run import prepare
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(here/'cache'))
+    folder = coded(here/'fp8', tiny, dict(quant_method='fp8', weight_block_size=[128, 128]), fp8)
+    with pytest.raises(Refused, match=r'quantised \(fp8\), .*give the unquantised model, or use --no-layer-by-layer'):
+        train(RunConfig(out='run', layer_by_layer=True, **options(folder, rows)))
+    monkeypatch.setattr(layers, 'available_memory', lambda: 400_000)
+    with pytest.raises(Refused, match=r'quantised \(fp8\)'):
+        train(RunConfig(out='run', **options(folder, rows)))
+    assert not (here/'run').exists()
+    found = prepare(RunConfig(layer_by_layer=False, **options(folder, rows, dtype='fp32'))).model
+    right = weights(tiny)
+    for key, p in found.named_parameters():
+        if key in right:  # the head was tied
+            assert (p - right[key]).abs().max() < 0.05*right[key].abs().max(), key
+
+
+def test_quantised_as_a_whole(tiny, rows, here, monkeypatch):
+    "Codes that transformers computes with on this machine, so that it leaves them: nothing is written."
+    from alpaca_ft import freeze, load_model
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(here/'cache'))
+    method = dict(quant_method='bitnet', linear_class='bitlinear', quantization_mode='offline')
+    folder = coded(here/'bitnet', tiny, method, ternary)
+    with pytest.raises(Refused, match=r'bitnet: its weights are quantised \(bitnet\) .*give the unquantised model'):
+        train(RunConfig(out='run', **options(folder, rows)))
+    assert not (here/'run').exists()
+    with pytest.raises(Refused, match='quantised'):
+        freeze(load_model(str(folder)), 2)
+
+
+def test_a_file_larger_than_memory(tmp_path):
+    "One weight is read from a file that this machine's memory could not hold."
+    import psutil
+    n = psutil.virtual_memory().total + psutil.swap_memory().total + 2**33
+    small, scalar = torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.tensor(7)
+    about = dict(
+        rest=dict(dtype='U8', shape=[n], data_offsets=[0, n]),
+        small=dict(dtype='BF16', shape=[2, 3], data_offsets=[n, n + 12]),
+        scalar=dict(dtype='I64', shape=[], data_offsets=[n + 12, n + 20]),
+    )
+    text = json.dumps(about).encode()
+    file = tmp_path/'model.safetensors'
+    with open(file, 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        f.truncate(8 + len(text) + n)  # without contents, it takes no room
+        f.seek(8 + len(text) + n)
+        f.write(small.view(torch.uint8).numpy().tobytes() + scalar.numpy().tobytes())
+    found = read_weights(dict(a=(file, 'small'), b=(file, 'scalar')))
+    assert torch.equal(found['a'], small) and found['a'].dtype == small.dtype and torch.equal(found['b'], scalar)
+    os.truncate(file, file.stat().st_size - 9)
+    with pytest.raises(Refused, match='ends before the whole of small'):
+        read_weights(dict(a=(file, 'small')))

@@ -78,3 +78,52 @@ def test_linear_loss_gathers():
         kept = fast.grad if x is h else kept
     assert fast.grad is kept
     torch.testing.assert_close(fast.grad, plain.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_states_larger_than_memory(tmp_path):
+    "A file of states that this machine's memory could not hold is opened, without a warning."
+    import warnings
+    import psutil
+    from alpaca_ft.prefix import map_states
+    n = (psutil.virtual_memory().total + psutil.swap_memory().total)//2**13 + 2**20  # rows of 8 KB, and 8 GB more
+    last = torch.arange(2048, dtype=torch.float32)
+    with open(tmp_path/'states.bin', 'wb') as f:
+        f.truncate((n - 1)*2**13)  # without contents, it takes no room
+        f.seek((n - 1)*2**13)
+        f.write(last.numpy().tobytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        states = map_states(tmp_path/'states.bin', [n - 1, 1], torch.float32, 2048)
+    states.read_ahead([1])
+    assert torch.equal(states[1][0], last) and not states[0][:3].any()
+
+
+@pytest.mark.parametrize('where', ['disk', 'auto'])
+def test_states_that_are_there_are_room(where, tmp_path, monkeypatch):
+    "What would be deleted for new states, or is what the run needs, does not count against them."
+    import os
+    import shutil
+    from collections import namedtuple
+    from alpaca_ft import Refused
+    from alpaca_ft.prefix import decide
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(tmp_path))
+    monkeypatch.setattr('alpaca_ft.prefix.available_memory', lambda: 0)
+    (tmp_path/'prefix').mkdir()
+    whole = 200_000
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: namedtuple('Usage', 'total used free')(
+        whole, 0, whole - sum(p.stat().st_size for p in (tmp_path/'prefix').iterdir())))
+    n_bytes = 110_000 if where == 'disk' else 90_000
+    def there(): return decide(RunConfig(prefix_cache=where), n_bytes, 900, 9).where
+    assert there() == 'disk'
+    for name in ('a.bin', 'b.layers'):
+        (tmp_path/'prefix'/name).touch()
+        os.truncate(tmp_path/'prefix'/name, n_bytes)
+        assert there() == 'disk'
+        (tmp_path/'prefix'/name).unlink()
+    (tmp_path/'prefix'/'other').touch()
+    os.truncate(tmp_path/'prefix'/'other', n_bytes)  # what is nobody's to delete
+    if where == 'auto':
+        assert there() == 'off'
+    else:
+        with pytest.raises(Refused, match='90,000 are free'):
+            there()
