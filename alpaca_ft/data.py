@@ -644,13 +644,24 @@ def _download(
     artifact,  # of W&B
     folder:Path,  # where to; a good copy from before is kept
 )->None:
-    "Download an artifact unless the folder holds it already."
+    "Download an artifact unless the folder holds it already; of several processes one does, and the others wait."
+    from filelock import FileLock
+    if _whole(artifact, folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{folder}.lock'):
+        if not _whole(artifact, folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            artifact.download(root=str(folder), skip_cache=True)  # wandb's cache keeps damaged files too
+            artifact.verify(str(folder))
+
+def _whole(artifact, folder):
+    "Whether the folder holds all of it, undamaged."
     try:
         artifact.verify(str(folder))
-    except (ValueError, OSError):  # there is no copy, or a damaged one
-        shutil.rmtree(folder, ignore_errors=True)
-        artifact.download(root=str(folder), skip_cache=True)  # wandb's cache keeps damaged files too
-        artifact.verify(str(folder))
+    except (ValueError, OSError):
+        return False
+    return True
 
 # %% ../nbs/01_data.ipynb #01-094
 def _load_hub(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'USUAL', 'ROLES', 'parse_columns', 'named', 'hint', 'one_turn', 'chat_turns', 'chat_row', 'file_row',
-           'from_chat', 'as_row']
+           'from_chat', 'IfThere', 'as_row']
 
 # %% ../nbs/a6_formats.ipynb #a6-002
 import json
@@ -139,14 +139,19 @@ def from_chat(
     return (raw, problem) if problem else (chat_row(chat), None)
 
 # %% ../nbs/a6_formats.ipynb #a6-026
+class IfThere(dict):
+    "Names for our columns that a row may have; for one that it lacks, our own name counts."
+
 def as_row(
     raw,  # an object read from a file
-    columns:dict=None,  # see `parse_columns`
+    columns:dict=None,  # see `parse_columns`; or an `IfThere` of it
 )->tuple:  # (dict of instruction, input, output and perhaps messages; what is wrong, or None)
     "A row of any known kind in one form; what is not a row at all is returned as it is."
     if not isinstance(raw, dict):
         return raw, None
     columns = columns or {}
+    if isinstance(columns, IfThere):
+        columns = {part: source for part, source in columns.items() if source in raw}
     for part, source in columns.items():
         if source not in raw and part != 'input':
             return raw, f'has no column {source!r}; its columns are {named(raw)}'

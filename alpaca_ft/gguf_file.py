@@ -25,7 +25,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .data import Refused
-from .prompts import chat_template, end_ids, is_alpaca, prompt_input, prompt_no_input
+from .prompts import chat_template, end_ids, is_alpaca, largest_id, prompt_input, prompt_no_input
 from .templates import render
 
 # %% ../nbs/a4_gguf.ipynb #a4-011
@@ -139,8 +139,9 @@ def token_list(
 )->tuple:  # (tokens in the order of their ids, the type of each)
     "A vocabulary as llama.cpp wants it."
     known = {i: token for token, i in tokenizer.get_vocab().items()}
-    if max(known) >= size:
-        raise Refused(f'the tokenizer has an id of {max(known)}, the model only {size:,} tokens; use --format hf')
+    largest = largest_id(tokenizer)  # special tokens that nothing uses may lie behind, and are left out
+    if largest >= size:
+        raise Refused(f'the tokenizer has an id of {largest}, the model only {size:,} tokens; use --format hf')
     pieces = json.loads(tokenizer.backend_tokenizer.to_str())['model']['byte_fallback']
     added, kind = tokenizer.added_tokens_decoder, gguf.TokenType
     tokens, types = [], []

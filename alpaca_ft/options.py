@@ -222,6 +222,8 @@ def check_options(
         raise Refused(str(e)) from None
     if cfg.near_duplicates and cfg.near_duplicates > 1:
         raise Refused(f'near_duplicates is {cfg.near_duplicates}; it is a share of phrases, so give 0.1 to 1')
+    if cfg.seed >= 2**32:
+        raise Refused(f'seed is {cfg.seed}; give at most {2**32 - 1}, which is what NumPy takes')
     if cfg.warmup > 1:
         raise Refused(f'warmup is {cfg.warmup}; it is a part of the steps, so give 0 to 1')
     if cfg.batch_size % cfg.micro_batch_size:

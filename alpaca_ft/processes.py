@@ -91,6 +91,9 @@ def check_launch()->None:
     if os.environ.get('ACCELERATE_MIXED_PRECISION', 'no') not in ('', 'no'):
         raise Refused('the launcher asks for mixed precision (ACCELERATE_MIXED_PRECISION); '
                       'precision is the option --dtype here, so set mixed_precision to no')
+    if os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'no').lower() not in ('', 'no'):
+        raise Refused('the launcher asks for torch.compile (ACCELERATE_DYNAMO_BACKEND), which is not done here; '
+                      'set dynamo_backend to no')
     missing = [k for k in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
     if started() > 1 and missing:
         raise Refused(f"{started()} processes (WORLD_SIZE), but {', '.join(missing)} not set; "

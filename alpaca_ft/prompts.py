@@ -6,7 +6,7 @@
 __all__ = ['MARK', 'prompt_no_input', 'prompt_input', 'create_prompt', 'create_prompt_no_answer', 'prompt_completion', 'boundary',
            'check_tokenizer', 'tokenize', 'prompt_ids', 'alpaca_chat_template', 'use_template', 'same_template',
            'is_alpaca', 'saved_template', 'chat_template', 'turns_of', 'row_prompt', 'has_chats', 'chat_batch',
-           'end_ids', 'RowCheck', 'byte_lengths', 'boundaries', 'tokenize_batch']
+           'end_ids', 'largest_id', 'RowCheck', 'byte_lengths', 'boundaries', 'tokenize_batch']
 
 # %% ../nbs/02_prompts.ipynb #02-002
 import json
@@ -256,6 +256,16 @@ def end_ids(
     if not is_alpaca(tokenizer):
         ends.add(tokenizer.convert_tokens_to_ids(chat_template(tokenizer).shape(('user', 'assistant')).stop))
     return sorted(ends)
+
+# %% ../nbs/02_prompts.ipynb #02-li2
+def largest_id(
+    tokenizer,  # knows the template
+)->int:  # a token id
+    "The largest token id that a text may get; special tokens that nothing uses do not count."
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, *end_ids(tokenizer)}
+    used.update(tokenizer('')['input_ids'])  # what begins every text
+    return max((set(tokenizer.get_vocab().values()) - special) | used - {None})
 
 # %% ../nbs/02_prompts.ipynb #02-rc2
 class RowCheck:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'NOT_BEGUN', 'TOKENIZERS', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'the_folder',
-           'check_share', 'untracked', 'started_again', 'read_and_pack', 'stream_report', 'pack_rows', 'check_fit',
-           'load_whole', 'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'measure_step',
-           'decide_states', 'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check', 'memory_report',
-           'config_alone', 'check_tokenizer', 'prepare_shape', 'agree', 'go_on', 'check_disk', 'try_saving_all',
-           'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains', 'build_trainer', 'stopped_by_rows',
-           'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line', 'finish']
+           'check_share', 'untracked', 'started_again', 'read_and_pack', 'stream_report', 'pack_rows', 'largest_token',
+           'check_fit', 'load_whole', 'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient',
+           'measure_step', 'decide_states', 'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check',
+           'memory_report', 'config_alone', 'check_tokenizer', 'prepare_shape', 'agree', 'go_on', 'check_disk',
+           'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains', 'build_trainer',
+           'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line',
+           'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -45,7 +46,7 @@ from .prefix import (WholeModel, decide, give_back_memory, packed_lengths, state
                      try_tail, why_no_states, with_row_numbers)
 from .processes import (each_does, everyone, is_first, first_does, launch_name, may_restart, rank, restarts,
                                  shared, together)
-from .prompts import tokenize, use_template
+from .prompts import largest_id, tokenize, use_template
 from .report import ReportCB, preflight_lines
 from .sampling import LLMSampleCB, fit_prompt, in_colour, prompt_room, row_documents, show_row
 from .stream import START, BadRow, PackedStream, count, open_stream, stream_lines
@@ -189,7 +190,8 @@ def run_folder(
     finally:
         lock.release()
         (out/LOCK).unlink(missing_ok=True)
-        begun = (out/'config.yaml').exists() and not refused
+        trained = (out/'model').exists() or bool(checkpoints(out))
+        begun = (out/'config.yaml').exists() and (trained or not refused)
         if not begun and not cfg.resume and not existed:
             shutil.rmtree(out, ignore_errors=True)
             for parent in out.parents:
@@ -316,12 +318,19 @@ def pack_rows(
         run.report['near_duplicates'] = near_duplicates(run.rows['train'], run.rows['test'], run.cfg.near_duplicates)
 
 # %% ../nbs/16_run.ipynb #16-028
+def largest_token(
+    rows,  # packed Dataset
+)->int:  # a token id
+    "The largest token id in packed rows."
+    import pyarrow.compute as pc
+    return pc.max(pc.list_flatten(rows.with_format('arrow')[:]['input_ids'])).as_py()
+
 def check_fit(
-    run,  # Run with model and tokenizer
+    run,  # Run with model, tokenizer and packed rows
 )->None:
     "Refuse a tokenizer or a row length that the model has no room for, and recomputation that it does not know."
     name, n = run.cfg.model, run.model.get_input_embeddings().weight.shape[0]
-    tokens = max(run.tokenizer.get_vocab().values()) + 1
+    tokens = max(largest_id(run.tokenizer), largest_token(run.train), largest_token(run.test)) + 1
     if tokens > n:
         raise Refused(f'{name}: the tokenizer has {tokens:,} tokens, the model {n:,} embeddings; '
                       'give the tokenizer that belongs to it')

@@ -177,8 +177,12 @@ class TrackioCB(TrainerCallback):
     def on_evaluate(self, args, state, control, **kw):
         import trackio
         keys, rows = ['step', 'prompt', 'generation', 'reference'], []
-        for r in read_jsonl(self.samples):
-            rows.append([r[k] for k in keys])
+        try:
+            for r in read_jsonl(self.samples):
+                rows.append([r[k] for k in keys])
+        except Exception as e:  # a damaged file
+            print(f'Trackio: the samples of step {state.global_step} were not logged ({e})', file=sys.stderr)
+            return
         if rows:
             self.send(state, {'sample_predictions': trackio.Table(columns=keys, data=rows)})
 
@@ -237,9 +241,15 @@ class Tracker:
         folder:Path,  # the trained model
     ):
         "Send the trained model as an artifact, where that was asked for."
-        if self.wandb is not None and self.cfg.log_model:
-            log_folder(self.wandb, f'model-{self.out.name}', folder, 'model', manifest=self.about['manifest'],
-                       evaluation=evaluation_of(self.out))
+        if self.wandb is None or not self.cfg.log_model:
+            return
+        name = f'model-{self.out.name}'
+        try:
+            evaluation = evaluation_of(self.out)
+        except Exception as e:  # a damaged file; the model is there
+            print(f'W&B: the artifact {name} was not logged ({e}); {folder} has it', file=sys.stderr)
+            return
+        log_folder(self.wandb, name, folder, 'model', manifest=self.about['manifest'], evaluation=evaluation)
 
     def __exit__(self, kind, error, traceback):
         if self.cfg.track == 'trackio':

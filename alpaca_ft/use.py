@@ -27,7 +27,7 @@ from .data import Refused, read_rows, row_problem
 from .evaluate import comparison_lines, find_model
 from .files import append_jsonl, read_run
 from .gguf_file import check_gguf, described, modelfile, write_gguf
-from .model import autocast, compute_dtype, has_adapter, load_model, load_tokenizer, model_folder
+from .model import autocast, compute_dtype, load_model, load_tokenizer, model_folder
 from .formats import as_row, chat_row, chat_turns, parse_columns
 from .layers import header, shards
 from .prefix import available_memory
@@ -473,7 +473,7 @@ def merged_model(
     from peft import PeftConfig, PeftModel
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     check_room(base, torch.float32)
-    model = load_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = load_model(base, device_map='cpu', dtype=torch.float32, trust_remote_code=trust_remote_code)
     return PeftModel.from_pretrained(model, folder).merge_and_unload().to(dtype)
 
 # %% ../nbs/17_use.ipynb #17-hf1
@@ -485,9 +485,12 @@ def write_hf(
 )->None:
     "A run's model as a folder for plain transformers, read back."
     name, _ = find_model(run)
-    model, tokenizer, _ = load_both(run, DTYPES[dtype], trust_remote_code)
-    if has_adapter(model):
+    if (Path(name)/'adapter_config.json').exists():
+        quiet()
         model = merged_model(name, DTYPES[dtype], trust_remote_code)
+        tokenizer = load_tokenizer(name, trust_remote_code)
+    else:
+        model, tokenizer, _ = load_both(run, DTYPES[dtype], trust_remote_code)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     check_written(model, folder, trust_remote_code)

@@ -194,6 +194,7 @@ OPTIONS = {  # name: (arguments, a part of the message)
     'nothing to resume': (['--resume'], 'no run to resume'),
     'log_model without W&B': (['--log-model'], '--track wandb'),
     'a yes for a number': (['--seq-len', 'yes'], 'give a whole number'),
+    'a seed that NumPy does not take': (['--seed', str(2**32)], 'seed is 4294967296; give at most 4294967295'),
     'too short a row': (['--seq-len', '4'], 'give at least 8'),
     'evaluation rows that are not there': (['--eval-data', 'nowhere.jsonl'], 'no such file'),
     'empty model folder': (['--model', 'empty'], 'not a model folder'),

@@ -68,6 +68,17 @@ def test_a_run_evaluates_on_the_validation_rows(here):
     assert ds['test'].to_list() == some(4)
 
 
+def test_a_folder_without_training_rows(here):
+    "Refused in one line, with rows to evaluate on too."
+    from alpaca_ft import RunConfig
+    from alpaca_ft.run import load_rows
+    write(here/'a/test.jsonl', some(0))
+    write(here/'b.jsonl', some(4))
+    for more in (dict(), dict(eval_data='b.jsonl')):
+        with pytest.raises(Refused, match='a: has test, but no train split'):
+            load_rows(RunConfig(data='a', **more))
+
+
 def test_files_of_one_name(here):
     "train.json beside train.jsonl: both, in sorted order."
     write(here/'a/train.jsonl', some(0))

@@ -297,3 +297,94 @@ def test_broken_key(bad, key):
     with pytest.raises(Refused) as e:
         ask_judge('http://127.0.0.1:9/v1', 'm', 'q', tries=1)
     assert 'sec' not in str(e.value) and 'OPENAI_API_KEY has characters' in str(e.value)
+
+
+# what is refused is refused before hours of measuring
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    "No model may be measured."
+    def measured(*args, **kw):
+        pytest.fail('a model was measured')
+    monkeypatch.setattr('alpaca_ft.evaluate.measure', measured)
+
+
+def other_model(tiny, folder, **files):
+    "A copy of the tiny model with other files."
+    shutil.copytree(tiny, folder)
+    for name, text in files.items():
+        (folder/name.replace('_json', '.json')).write_text(text)
+    return folder
+
+
+def test_other_model_is_looked_at_first(seeds, tiny, here, command, unmeasured):
+    other_model(tiny, here/'odd', config_json='{"model_type": "nothing"}')
+    other_model(tiny, here/'mute', tokenizer_json='{')
+    for name, why in (('./nowhere', 'no such model folder'), ('./odd', 'cannot be loaded'),
+                      ('./mute', 'cannot be loaded')):
+        code, out, err = command('evaluate', seeds/'run1', '--against', name)
+        assert code == 2 and why in err and len(err.splitlines()) == 1, err
+
+
+def test_template_of_the_first_is_tried_first(tiny, rows, here, tokenizer, command, unmeasured):
+    "Its answers end with a token that the other tokenizer does not have."
+    import copy
+    first, other = other_model(tiny, here/'first'), other_model(tiny, here/'other')
+    tok = copy.deepcopy(tokenizer)
+    tok.chat_template = ("{% for m in messages %}{{ m.role + m.content }}<s>{% endfor %}"
+                         "{% if add_generation_prompt %}assistant{% endif %}")
+    tok.init_kwargs['alpaca_ft_template'] = 'chat'
+    tok.save_pretrained(first)
+    text = (other/'tokenizer.json').read_text() + (other/'tokenizer_config.json').read_text()
+    assert '"<s>"' in text
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        (other/name).write_text((other/name).read_text().replace('"<s>"', '"<b>"'))
+    code, out, err = command('evaluate', first, '--against', other, '--data', rows)
+    assert code == 2 and 'without a special token' in err and len(err.splitlines()) == 1, err
+    assert err.startswith(f'alpaca_ft: {other}, asked in the template of {first}: '), err
+    template = "{% for m in messages %}{{ m.content.upper() }}</s>{% endfor %}"
+    (first/'chat_template.jinja').write_text(template)
+    code, out, err = command('evaluate', first, '--against', other, '--data', rows)
+    assert code == 2 and 'give another model' in err and '--template' not in err, err
+
+
+def test_place_is_made_first(seeds, here, command, unmeasured):
+    (here/'notes').write_text('mine')
+    code, out, err = command('evaluate', seeds/'run1', '--to', 'notes/here')
+    assert code == 2 and 'notes/here: cannot be written to' in err and 'another --to' in err, err
+    assert len(err.splitlines()) == 1
+
+
+def test_results_are_there_before_the_judge(seeds, here, command, monkeypatch):
+    monkeypatch.setattr('alpaca_ft.evaluate.time.sleep', lambda seconds: None)
+    code, out, err = command('evaluate', seeds/'run1', '--max-new-tokens', 4, '--n-samples', 5, '--to', 'there',
+                             '--judge-url', 'http://127.0.0.1:9/v1')
+    assert code == 2 and 'the judge does not answer' in err and 'there/evaluation.html' in err, err
+    assert len(err.splitlines()) == 1
+    assert json.loads(Path('there/evaluation.json').read_text())['answered'] == 5
+    assert len(Path('there/evaluation.jsonl').read_text().splitlines()) == 5
+
+
+def test_data_in_the_columns_of_the_run(tmp_path):
+    "In its own columns, in ours, and in both; what would be told to `train` is not told here."
+    from alpaca_ft.evaluate import held_out
+    config = dict(columns='instruction=question,input=context,output=answer')
+    own = [dict(question=f'Say {i}.', context=f'{i}', answer=f'{i}!') for i in range(3)]
+    ours = [dict(instruction=f'Say {i}.', input=f'{i}', output=f'{i}!') for i in range(3)]
+    both = [own[0] | dict(instruction='Be kind.', output=None), *ours[1:]]
+    for name, lines in (('own', own), ('ours', ours), ('both', both)):
+        (tmp_path/f'{name}.json').write_text(json.dumps(lines))
+        assert held_out(config, tmp_path/f'{name}.json').to_list() == ours, name
+    for name, lines, why in (
+            ('other', [dict(task='Say 3.', reply='3')], 'row 1: instruction is missing'),
+            ('strange', [dict(a='Say 3.', b='3')], 'row 1: instruction is missing; it has a, b'),
+            ('empty', [*own, own[0] | dict(answer='')], 'row 4: output is empty (1 bad of 4 rows')):
+        (tmp_path/f'{name}.json').write_text(json.dumps(lines))
+        for about in (config, {}):
+            with pytest.raises(Refused) as e:
+                held_out(about, tmp_path/f'{name}.json')
+            said = str(e.value)
+            assert '--' not in said and '\n' not in said and ('instruction' in said or why in said), said
+            assert why in said or not about, said
+    with pytest.raises(Refused, match='to instruction, input and output'):
+        held_out({}, tmp_path/'own.json')

@@ -154,6 +154,39 @@ def test_metadata(tokenizer, tmp_path):
             assert again(text)['input_ids'] == t(text)['input_ids']
 
 
+def test_special_token_without_an_embedding(tokenizer, tmp_path):
+    "One that nothing uses is left out of the file; one that ends or fills a text is refused."
+    import copy
+    from tokenizers import AddedToken
+    from conftest import tiny_model
+    from alpaca_ft import Refused
+    from alpaca_ft.gguf_file import token_list
+    tok = copy.deepcopy(tokenizer)
+    tok.add_tokens([AddedToken('<image_soft_token>', special=True)], special_tokens=True)
+    save_model(tiny_model(), tok, tmp_path/'m')
+    write_gguf(tmp_path/'m', tmp_path/'m/m.gguf')
+    said, _ = keys(tmp_path/'m/m.gguf')
+    assert len(said['tokenizer.ggml.tokens']) == said['llama.vocab_size'] == 600
+    tok.pad_token = '<image_soft_token>'
+    with pytest.raises(Refused, match='an id of 600, the model only 600 tokens'):
+        token_list(tok, 600)
+
+
+def test_lora_is_loaded_once(tiny, rows, here, monkeypatch):
+    "The base alone, in fp32, where the sum is computed and saved: a second copy may have no room."
+    from alpaca_ft import use
+    train(RunConfig(model=str(tiny), data=str(rows), out='lora', method='lora', n_freeze=2, seq_len=256, max_steps=2,
+                    n_samples=0, dtype='fp32'), [])
+    loads, load = [], use.load_model
+    monkeypatch.setattr(use, 'load_model', lambda *args, **kw: loads.append((args, kw)) or load(*args, **kw))
+    export('lora', 'merged')
+    assert [args for args, _ in loads] == [(str(tiny),)]
+    assert loads[0][1]['dtype'] == torch.float32 and loads[0][1]['device_map'] == 'cpu'
+    saved, want = load_model('merged'), merged_model('lora/model', torch.bfloat16)
+    for k, v in want.state_dict().items():
+        assert torch.equal(v, saved.state_dict()[k]), k
+
+
 def test_lora(tiny, rows, here):
     "An adapter is merged into the file, and nothing is left of the folder that takes."
     train(RunConfig(model=str(tiny), data=str(rows), out='lora', method='lora', n_freeze=2, seq_len=256, max_steps=3,

@@ -309,3 +309,16 @@ def test_spread_and_copied(monkeypatch, tiny):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(Refused, match="device_map is 'auto', and 2 processes were started"):
         load_model(tiny, device_map='auto')
+
+
+def test_compiled_by_the_launcher(monkeypatch):
+    "`accelerate launch --dynamo_backend inductor` would wrap the model; its default asks for nothing."
+    from alpaca_ft import Refused
+    from alpaca_ft.processes import check_launch
+    for value in ('', 'no', 'NO'):
+        monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', value)
+        check_launch()
+    for value in ('INDUCTOR', 'eager'):
+        monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', value)
+        with pytest.raises(Refused, match='ACCELERATE_DYNAMO_BACKEND.*set dynamo_backend to no'):
+            check_launch()

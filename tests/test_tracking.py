@@ -182,6 +182,51 @@ def test_damaged_download(server, damage):
     assert len(load_alpaca('me/proj/data:latest')['train']) == 5
 
 
+def test_two_downloads_at_once(server, tmp_path):
+    "Two processes of a run want the same files: one downloads, the other one waits and takes what is there."
+    server.delay = 1
+    code = ("import wandb\nfrom alpaca_ft import load_alpaca\nprint('ready', flush=True)\ninput()\n"
+            "print(len(load_alpaca('me/proj/data:latest')['train']))")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen([sys.executable, '-c', code], **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == 'ready\n'
+    for process in both:
+        process.stdin.write('\n')
+        process.stdin.flush()
+    for process in both:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, '5\n'), err
+    assert sorted(p for op, p in server.seen if op == 'GET' and p.startswith('/files/')) == sorted(
+        f'/files/{name}' for name in FILES)
+
+
+def test_trackio_with_damaged_samples(tmp_path, monkeypatch, capsys):
+    "What cannot be shown is told, and ends no run."
+    from types import SimpleNamespace as NS
+    from alpaca_ft.tracking import TrackioCB
+    monkeypatch.setitem(sys.modules, 'trackio', NS(log=None, Table=None))
+    for text in ('{"step": 0, "prom\n', '{"step": 0}\n'):
+        (tmp_path/'samples.jsonl').write_text(text)
+        TrackioCB(tmp_path/'samples.jsonl').on_evaluate(None, NS(global_step=2, is_world_process_zero=True), None)
+        err = capsys.readouterr().err
+        assert err.startswith('Trackio: the samples of step 2 were not logged (') and len(err.splitlines()) == 1, err
+
+
+def test_model_with_a_damaged_evaluation(tiny, rows, tmp_path, capfd):
+    "The training has ended by then: the model stays, and the artifact is not logged."
+    from transformers import TrainerCallback
+
+    class Damage(TrainerCallback):
+        def on_train_end(self, args, state, control, **kw):
+            (tmp_path/'run'/'evaluation.json').write_text('{')
+    train(RunConfig(model=str(tiny), data=str(rows), out=str(tmp_path/'run'), n_freeze=2, seq_len=256, n_samples=0,
+                    max_steps=2, dtype='fp32', track='wandb', log_model=True), [Damage()])
+    assert (tmp_path/'run'/'model').is_dir()
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith('W&B: the artifact')]
+    assert len(said) == 1 and 'evaluation.json cannot be read' in said[0], said
+
+
 def test_trackio(tiny, rows, tmp_path):
     pytest.importorskip('trackio', reason='trackio is not installed; pip install trackio')
     run = tiny_run(tiny, rows, tmp_path/'run', track='trackio')

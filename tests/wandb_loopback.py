@@ -8,6 +8,7 @@ import http.server
 import json
 import re
 import threading
+import time
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -25,6 +26,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == '/manifest':
             return self.answer(json.dumps(s.manifest).encode())
         name = self.path.removeprefix('/files/')
+        time.sleep(s.delay)
         self.answer(s.served[name]) if name in s.served else self.answer(b'', 404)
 
     def do_POST(self):
@@ -43,6 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    delay = 0  # seconds before a file is sent
 
     def __init__(self, files):  # {name: bytes}
         super().__init__(('127.0.0.1', 0), Handler)
