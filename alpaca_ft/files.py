@@ -30,7 +30,10 @@ def sync(
     path,  # a file, or a folder (its list of names)
 )->None:
     "Force a file, or the names in a folder, to the disk."
-    fd = os.open(path, os.O_RDONLY)
+    windows = os.name == 'nt'
+    if windows and os.path.isdir(path):
+        return  # it opens no folders
+    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

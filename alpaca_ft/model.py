@@ -880,9 +880,10 @@ def save_model(
         mend_adapter_config(part)
         check_adapter(model, part)
     else:
-        config = json.loads((part/'config.json').read_text())
+        config = json.loads((part/'config.json').read_text(encoding='utf-8'))
         widest = 'float32' if any(p.dtype == torch.float32 for p in model.parameters()) else 'bfloat16'
-        (part/'config.json').write_text(json.dumps(config | dict(dtype=widest), indent=2))
+        text = json.dumps(config | dict(dtype=widest), indent=2)
+        (part/'config.json').write_text(text, encoding='utf-8')
         check_saved(model, part, frozen)
     for f in (*part.iterdir(), part):
         sync(f)

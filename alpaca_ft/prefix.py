@@ -153,10 +153,10 @@ def available_memory(
     import psutil
     free = psutil.virtual_memory().available
     try:
-        limit = (folder/'memory.max').read_text().strip()
+        limit = (folder/'memory.max').read_text(encoding='utf-8').strip()
         if limit != 'max':
-            used = int((folder/'memory.current').read_text())
-            parts = dict(line.split() for line in (folder/'memory.stat').read_text().splitlines())
+            used = int((folder/'memory.current').read_text(encoding='utf-8'))
+            parts = dict(line.split() for line in (folder/'memory.stat').read_text(encoding='utf-8').splitlines())
             used -= int(parts['active_file']) + int(parts['inactive_file'])  # copies of files on the disk
             free = min(free, int(limit) - used)
     except (OSError, ValueError, KeyError):
@@ -411,7 +411,7 @@ def try_tail(
 # %% ../nbs/09_prefix.ipynb #09-077
 def give_back_memory()->None:
     "Return what was freed to the system; glibc keeps it unless it is told."
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # another system
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

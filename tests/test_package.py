@@ -164,6 +164,46 @@ def test_lines():
             assert len(line) <= LINE, f'{path.name}:{i} has {len(line)} columns'
 
 
+def test_text_is_utf8():
+    "Text files are opened with an encoding, for a system's own may be another."
+    for path in (root/'alpaca_ft').glob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, 'attr', None) or getattr(node.func, 'id', None)
+            binary = any('b' in x.value for x in node.args[1:] if isinstance(x, ast.Constant) and name == 'open')
+            if name in ('read_text', 'write_text') or isinstance(node.func, ast.Name) and name == 'open':
+                there = binary or any(k.arg == 'encoding' for k in node.keywords)
+                assert there, f'{path.name}:{node.lineno} opens a text file without an encoding'
+
+
+def test_as_on_windows(tmp_path, monkeypatch):
+    "Where a folder cannot be opened and there is no list of the process's own functions; Windows itself was not tried."
+    import ctypes
+    import os
+    from alpaca_ft.files import sync
+    from alpaca_ft.prefix import give_back_memory
+    (tmp_path/'file').write_text('x', encoding='utf-8')
+    folder, file, opens, loads = str(tmp_path), str(tmp_path/'file'), os.open, ctypes.CDLL
+    def open_as_there(path, flags, *more):
+        if os.path.isdir(path):
+            raise PermissionError(13, 'Permission denied', path)
+        assert flags & os.O_RDWR, 'what is opened for reading cannot be forced to the disk'
+        return opens(path, flags, *more)
+    def load_as_there(name, *more, **kw):
+        if name is None:
+            raise TypeError('bad argument type for built-in operation')
+        return loads(name, *more, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'name', 'nt')
+        m.setattr(os, 'open', open_as_there)
+        sync(folder)
+        sync(file)
+    with monkeypatch.context() as m:
+        m.setattr(ctypes, 'CDLL', load_as_there)
+        give_back_memory()
+
+
 # Names of other libraries that begin with an underscore and are used all the same: (module, name, why).
 PRIVATE = {
     ('cli', '_actions'): "argparse's list of options, to name the nearest one; it has no public one",
