@@ -98,7 +98,7 @@ def states_in_memory(
 )->States:
     "Compute all states into one tensor."
     lengths = packed_lengths(*splits)
-    states = States(lengths, torch.empty(sum(lengths), hidden, dtype=dtype, pin_memory=device.type == 'cuda'))
+    states = States(lengths, torch.empty(sum(lengths), hidden, dtype=dtype))
     for i, out in enumerate(rows_states(trunk, splits, device)):
         states[i][:] = out
     return states

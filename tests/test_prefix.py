@@ -98,6 +98,13 @@ def test_states_larger_than_memory(tmp_path):
     assert torch.equal(states[1][0], last) and not states[0][:3].any()
 
 
+def test_states_in_memory_are_not_pinned():
+    "A batch is a copy of its states, so pinning them would serve nothing; and PyTorch pins powers of two."
+    from alpaca_ft.prefix import states_in_memory
+    states = states_in_memory(None, (), torch.device('cuda'), torch.float32, 8)  # no rows, so no GPU is asked
+    assert len(states) == 0 and states.hidden == 8
+
+
 @pytest.mark.parametrize('where', ['disk', 'auto'])
 def test_states_that_are_there_are_room(where, tmp_path, monkeypatch):
     "What would be deleted for new states, or is what the run needs, does not count against them."
