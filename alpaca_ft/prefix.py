@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['States', 'packed_lengths', 'rows_states', 'states_in_memory', 'with_row_numbers', 'drops_out', 'why_no_states',
-           'available_memory', 'Keep', 'kept_files', 'room_for_states', 'check_place', 'decide', 'file_sum', 'intact',
-           'map_states', 'write_states', 'make_room', 'there_already', 'states_on_disk', 'both_ways', 'try_tail',
-           'give_back_memory', 'WholeModel']
+           'memory_groups', 'available_memory', 'Keep', 'kept_files', 'room_for_states', 'check_place', 'decide',
+           'file_sum', 'intact', 'map_states', 'write_states', 'make_room', 'there_already', 'states_on_disk',
+           'both_ways', 'try_tail', 'give_back_memory', 'WholeModel']
 
 # %% ../nbs/09_prefix.ipynb #09-003
 import ctypes
@@ -146,21 +146,39 @@ def why_no_states(
     return None
 
 # %% ../nbs/09_prefix.ipynb #09-041
+def memory_groups(
+    folder:Path,  # where the system tells of groups
+    own:Path,  # where it tells which ones this process is in
+)->list:  # of (folder, name of its limit, name of what it uses, what stands before names in its memory.stat)
+    "The groups of processes that this one is in, with those that they lie in, as cgroup v2 and v1 have them."
+    found, lines = [], ['0::/']
+    with suppress(OSError):
+        lines += own.read_text(encoding='utf-8').splitlines()
+    for line in lines:
+        _, kinds, path = line.split(':', 2)
+        inside = Path(path.strip('/'))
+        for group in (inside, *inside.parents):
+            if not kinds:
+                found.append((folder/group, 'memory.max', 'memory.current', ''))
+            elif 'memory' in kinds.split(','):
+                found.append((folder/'memory'/group, 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_'))
+    return found
+
 def available_memory(
-    folder:Path=Path('/sys/fs/cgroup'),  # where the system tells of a container
+    folder:Path=Path('/sys/fs/cgroup'),  # where the system tells of groups of processes
+    own:Path=Path('/proc/self/cgroup'),  # where it tells which ones this process is in
 )->int:  # bytes
-    "Memory that this process may still take: psutil tells the machine's, a container may have less."
+    "Memory that this process may still take: psutil tells the machine's, its groups may have less."
     import psutil
     free = psutil.virtual_memory().available
-    try:
-        limit = (folder/'memory.max').read_text(encoding='utf-8').strip()
-        if limit != 'max':
-            used = int((folder/'memory.current').read_text(encoding='utf-8'))
-            parts = dict(line.split() for line in (folder/'memory.stat').read_text(encoding='utf-8').splitlines())
-            used -= int(parts['active_file']) + int(parts['inactive_file'])  # copies of files on the disk
-            free = min(free, int(limit) - used)
-    except (OSError, ValueError, KeyError):
-        pass  # no such container
+    for group, limit, use, before in memory_groups(folder, own):
+        with suppress(OSError, ValueError, KeyError):  # no such group, or no limit ("max")
+            most = int((group/limit).read_text(encoding='utf-8'))
+            used = int((group/use).read_text(encoding='utf-8'))
+            lines = (group/'memory.stat').read_text(encoding='utf-8').splitlines()
+            parts = dict(line.split() for line in lines)
+            used -= int(parts[f'{before}active_file']) + int(parts[f'{before}inactive_file'])  # copies of files
+            free = min(free, most - used)
     return max(0, free)
 
 # %% ../nbs/09_prefix.ipynb #09-042

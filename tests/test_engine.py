@@ -409,16 +409,44 @@ def test_memory_of_a_container(tmp_path):
     "What is left in a container, not what the host has; files that were read are dropped where room is needed."
     import psutil
     from alpaca_ft.prefix import available_memory
+    (tmp_path/'own').write_text('0::/\n')
     def told(**files):
         for name, text in files.items():
             (tmp_path/f'memory.{name}').write_text(f'{text}\n')
-        return available_memory(tmp_path)
+        return available_memory(tmp_path, tmp_path/'own')
     assert told() > 3_000_000  # no container
     assert told(max=3_000_000, current=1_000_000, stat='anon 1000000\nactive_file 0\ninactive_file 0') == 2_000_000
     stat = 'anon 300000\nfile 2700000\nshmem 500000\ninactive_file 1500000\nactive_file 700000'
     assert told(current=3_000_000, stat=stat) == 2_200_000
     assert told(current=9_000_000) == 0
     assert told(max='max') > psutil.virtual_memory().total//100
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_memory_of_a_group(version, tmp_path):
+    "A job of Slurm or a service of systemd: its own group has a limit, or one that it lies in."
+    import psutil
+    from alpaca_ft.prefix import available_memory
+    job = '/slurm/uid_0/job_7'
+    (tmp_path/'own').write_text(f'4:cpu,memory:{job}/step_0\n3:cpu:/elsewhere\n0::/\n' if version == 1 else
+                                f'4:cpuset:/elsewhere\n0::{job}/step_0\n')
+    limit, used, total = ('limit_in_bytes', 'usage_in_bytes', 'total_') if version == 1 else ('max', 'current', '')
+    root = tmp_path/'memory' if version == 1 else tmp_path
+    def told(group, most, n, active, inactive):
+        folder = root/group.strip('/')
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder/f'memory.{limit}').write_text(f'{most}\n')
+        (folder/f'memory.{used}').write_text(f'{n}\n')
+        stat = f'anon 5\n{total}active_file {active}\n{total}inactive_file {inactive}\n'
+        (folder/'memory.stat').write_text(stat)
+        return available_memory(tmp_path, tmp_path/'own')
+    none = 2**63 - 4096 if version == 1 else 'max'
+    assert told(f'{job}/step_0', none, 9_000_000, 0, 0) > psutil.virtual_memory().total//100
+    assert told('/elsewhere', 1000, 0, 0, 0) > 3_000_000
+    assert told(job, 3_000_000, 2_000_000, 200_000, 300_000) == 1_500_000
+    assert told('/slurm', 9_000_000, 8_000_000, 0, 0) == 1_000_000
+    assert told(f'{job}/step_0', 2_000_000, 1_900_000, 0, 0) == 100_000
+    assert told('/slurm', 9_000_000, 9_500_000, 0, 0) == 0
 
 
 def test_several_gpus_are_refused(monkeypatch):
