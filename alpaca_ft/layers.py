@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import Refused, cache_dir
-from .files import sync, write_whole
+from .files import reserve, sync, write_whole
 from .memory import give_back_at_once, planned, twin
 from .model import (Attention, Choice, Place, Trunk, apply_choice, cut_layers, decoder_layers,
                              mend_generation_config, model_folder, quantised, resolve_choice, share)
@@ -356,8 +356,7 @@ class OnDisk:
         self.sums, self.done = {}, (0, 0)
         self.log.unlink(missing_ok=True)
         with open(self.part, 'wb') as f:
-            if hasattr(os, 'posix_fallocate'):
-                os.posix_fallocate(f.fileno(), 0, n_bytes)
+            reserve(f, n_bytes)
 
     def start(self, stage, row):
         "Where a row is in the file, in bytes, once a stage has written it."

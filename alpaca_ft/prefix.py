@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import Refused, cache_dir
-from .files import write_whole
+from .files import reserve, write_whole
 from .model import (Attention, Choice, Tail, Trunk, apply_choice, load_model, model_folder,
                              resolve_choice)
 from .options import RunConfig
@@ -283,8 +283,7 @@ def map_states(
 def _reserve(part, n_bytes):
     "Room for all of a file; that there is none is found out before hours of work."
     with open(part, 'wb') as f:
-        if hasattr(os, 'posix_fallocate'):
-            os.posix_fallocate(f.fileno(), 0, n_bytes)
+        reserve(f, n_bytes)
 
 def _fill(part, rows, start):
     "Write rows at their place in a file."

@@ -1,5 +1,6 @@
 "Trained on kept states, the run is the same: also for a model that adds positions to its inputs, and after a resume."
 import json
+import sys
 
 import pytest
 import torch
@@ -103,6 +104,55 @@ def test_states_in_memory_are_not_pinned():
     from alpaca_ft.prefix import states_in_memory
     states = states_in_memory(None, (), torch.device('cuda'), torch.float32, 8)  # no rows, so no GPU is asked
     assert len(states) == 0 and states.hidden == 8
+
+
+def refuse_fallocate():
+    "From now on this thread finds no file system that can set room aside: the kernel says so (seccomp)."
+    import ctypes
+    import errno
+    import platform
+    import struct
+    number = dict(x86_64=285, aarch64=47).get(platform.machine())
+    lines = [(0x20, 0, 0, 0), (0x15, 0, 1, number or 0), (6, 0, 0, 0x50000 | errno.EOPNOTSUPP), (6, 0, 0, 0x7fff0000)]
+    code = b''.join(struct.pack('HBBI', *line) for line in lines)
+    class Program(ctypes.Structure):
+        _fields_ = [('lines', ctypes.c_ushort), ('code', ctypes.c_char_p)]
+    libc = ctypes.CDLL(None)
+    return bool(number) and not libc.prctl(38, 1, 0, 0, 0) and not libc.prctl(
+        22, 2, ctypes.byref(Program(len(lines), code)), 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a filter of system calls')
+@pytest.mark.parametrize('able', [True, False])
+def test_room_is_set_aside(able, tmp_path, monkeypatch):
+    "Where a file system cannot set room aside, nothing is written in its place; what is free is looked at first."
+    import shutil
+    from threading import Thread
+    from types import SimpleNamespace
+    from alpaca_ft.layers import OnDisk
+    from alpaca_ft.prefix import _reserve
+    n, found, files = 2**23, {}, [tmp_path/'states.bin.part', tmp_path/'states.layers']
+    def go():
+        if not able and not refuse_fallocate():
+            return
+        _reserve(files[0], n)
+        OnDisk(tmp_path/'states.bin', [n//8], 4, torch.float16, 1).file.close()  # and as much for a row that moves
+        for p in files:
+            found[p.suffix] = p.stat().st_size, p.stat().st_blocks*512
+        monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=n - 1))
+        try:
+            _reserve(tmp_path/'large', n)
+        except OSError as e:
+            found['large'] = e.strerror, (tmp_path/'large').stat().st_size
+    thread = Thread(target=go)
+    thread.start()
+    thread.join()
+    if not found and not able:
+        pytest.skip('no filter of system calls here')
+    (a, taken), (b, taken_too) = found['.part'], found['.layers']
+    assert (a, b) == (n, 2*n)
+    assert taken >= n and taken_too >= 2*n if able else taken < n//10 and taken_too < n//10
+    assert found['large'] == ('No space left on device', 0)
 
 
 @pytest.mark.parametrize('where', ['disk', 'auto'])
