@@ -352,9 +352,10 @@ class OnDisk:
     def begin(self):
         "Take the room on the disk, before hours of work."
         n_bytes = (self.ends[-1] + self.gap)*self.size
-        make_room(self.path.parent, n_bytes)
         self.sums, self.done = {}, (0, 0)
         self.log.unlink(missing_ok=True)
+        self.part.unlink(missing_ok=True)  # its room is this pass's
+        make_room(self.path.parent, n_bytes)
         with open(self.part, 'wb') as f:
             reserve(f, n_bytes)
 

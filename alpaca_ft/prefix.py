@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['States', 'packed_lengths', 'rows_states', 'states_in_memory', 'with_row_numbers', 'drops_out', 'why_no_states',
-           'memory_groups', 'available_memory', 'Keep', 'kept_files', 'room_for_states', 'check_place', 'decide',
-           'file_sum', 'intact', 'map_states', 'write_states', 'make_room', 'there_already', 'states_on_disk',
+           'memory_groups', 'available_memory', 'Keep', 'lock_of', 'kept_files', 'room_for_states', 'check_place',
+           'decide', 'file_sum', 'intact', 'map_states', 'write_states', 'make_room', 'there_already', 'states_on_disk',
            'both_ways', 'try_tail', 'give_back_memory', 'WholeModel']
 
 # %% ../nbs/09_prefix.ipynb #09-003
@@ -189,11 +189,22 @@ class Keep:
     why:str  # in a few words
 
 # %% ../nbs/09_prefix.ipynb #09-043-p1
+def lock_of(
+    path:Path,  # a file of states, or of a pass that was killed (appendix A10)
+):  # FileLock that waits for nobody
+    "The lock of whoever writes kept states, goes on with their pass, or looks whether they are as they were written."
+    from filelock import FileLock
+    return FileLock(f'{path.with_suffix(".bin")}.lock', timeout=0)
+
 def kept_files(
     folder:Path,  # of kept states
 )->list:
-    "Files of kept states, and of passes that were killed (appendix A10)."
-    return [*folder.glob('*.bin'), *folder.glob('*.layers')]
+    "Files of kept states, and of passes that were killed, without those whose lock is held."
+    found = []
+    for path in (*folder.glob('*.bin'), *folder.glob('*.layers')):
+        with suppress(OSError), lock_of(path):  # held, or another user's
+            found.append(path)
+    return found
 
 def room_for_states()->dict:  # bytes by place: memory, disk
     "What states may take: what is free, and on the disk what older ones take."
@@ -328,10 +339,11 @@ def make_room(
     for p in files:
         if there + n_bytes <= limit:
             break
-        there -= p.stat().st_size
-        p.unlink()
-        p.with_suffix('.json').unlink(missing_ok=True)
-        p.with_suffix('.layers.jsonl').unlink(missing_ok=True)
+        with suppress(TimeoutError), lock_of(p):  # another run may have taken it up meanwhile
+            there -= p.stat().st_size
+            p.unlink()
+            p.with_suffix('.json').unlink(missing_ok=True)
+            p.with_suffix('.layers.jsonl').unlink(missing_ok=True)
 
 # %% ../nbs/09_prefix.ipynb #09-th2
 def there_already(
@@ -339,7 +351,8 @@ def there_already(
     n_bytes:int,  # that it must have
 )->bool:
     "Whether states are there from an earlier run; what is left of one that was killed, or damaged, is removed."
-    for left in path.parent.glob(f'{path.name}*.part'):
+    passes = (path.with_suffix(end) for end in ('.layers', '.layers.jsonl'))  # appendix A10
+    for left in (*path.parent.glob(f'{path.name}*.part'), *passes):
         left.unlink(missing_ok=True)  # whoever wrote it held the lock, and is gone
     if intact(path, n_bytes):
         print(f'frozen layers: {path.name} is there from an earlier run', file=sys.stderr)

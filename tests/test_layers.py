@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import several
@@ -413,3 +414,46 @@ def test_a_file_larger_than_memory(tmp_path):
     os.truncate(file, file.stat().st_size - 9)
     with pytest.raises(Refused, match='ends before the whole of small'):
         read_weights(dict(a=(file, 'small')))
+
+
+def test_unfinished_pass_of_another_run(tmp_path, monkeypatch):
+    """A run that needs room deletes neither the pass that another one is in the middle of nor states that it has just
+    begun to use; one that nobody holds goes, and so does what is left of the run's own."""
+    from filelock import FileLock
+
+    from alpaca_ft.layers import OnDisk
+    from alpaca_ft.prefix import make_room, room_for_states, there_already
+    folder = tmp_path/'prefix'
+    folder.mkdir()
+    monkeypatch.setenv('ALPACA_FT_CACHE', str(tmp_path))
+    def free(path): return SimpleNamespace(free=200_000 - sum(p.stat().st_size for p in folder.glob('*.*')))
+    monkeypatch.setattr(shutil, 'disk_usage', free)
+    def left(): return sorted(p.name for p in folder.iterdir() if p.suffix != '.lock')
+    def fill(name, n): (folder/name).write_bytes(b'x'*n)
+    fill('old.bin', 1000)
+    fill('old.json', 2)
+    fill('used.bin', 500)
+    rows = [torch.randn(n, 4) for n in (3, 2)]
+    with FileLock(folder/'other.bin.lock'), FileLock(folder/'used.bin.lock'):
+        other = OnDisk(folder/'other.bin', [3, 2], 4, torch.float32, 1)
+        other.write(0, 1, rows[1])
+        assert room_for_states()['disk'] == free(folder).free + 1000
+        make_room(folder, 10**6)
+        assert left() == ['other.layers', 'other.layers.jsonl', 'used.bin']
+        other.write(0, 0, rows[0])
+        states = other.finish()
+    assert torch.equal(states[0], rows[0]) and torch.equal(states[1], rows[1])
+    make_room(folder, 10**6)
+    assert left() == []
+    fill('killed.layers', 50_000)
+    fill('killed.layers.jsonl', 10)
+    make_room(folder, 10**6)
+    assert left() == []
+    fill('old.bin', 40_000)
+    os.utime(folder/'old.bin', (1e9, 1e9))
+    with FileLock(folder/'own.bin.lock'):
+        fill('own.layers', 50_000)  # without a log, no pass can go on
+        OnDisk(folder/'own.bin', [1500, 400], 4, torch.float32, 1).file.close()
+        assert 'old.bin' in left()
+        there_already(folder/'own.bin', 30_400)
+        assert left() == ['old.bin']
