@@ -928,6 +928,7 @@ def evaluate(
 )->str:  # the comparison as text
     "Measure a run before and after training, or several, and leave the answers side by side."
     runs = list(dict.fromkeys([str(runs)] if isinstance(runs, (str, Path)) else map(str, runs)))
+    against, data = (given if given is None else str(given) for given in (against, data))
     models, configs, other = who(runs, against)
     check_judge(judge_url, runs, other, n_samples)
     todo, rows = check_tasks(tasks or []), common_rows(runs, configs, data, trust_remote_code)

@@ -148,6 +148,15 @@ def test_answers_have_the_room_and_the_rows(seeds, tiny):
     assert '10 rows held back, none of them answered' in evaluate(str(seeds/'run1'), against='none', n_samples=0)
 
 
+def test_paths(seeds, tiny, tmp_path):
+    "A Path serves wherever a name does."
+    evaluate(seeds/'run1', against=tiny, data=seeds/'test.jsonl', n_samples=0, to=tmp_path/'there')
+    found = json.loads((tmp_path/'there'/'evaluation.json').read_text())
+    assert found['models'] == [str(seeds/'run1'), str(tiny)] and found['data'] == str(seeds/'test.jsonl')
+    with pytest.raises(Refused, match='compared with itself'):
+        evaluate(seeds/'run1', against=seeds/'run1')
+
+
 # lm-eval
 
 def test_tasks_of_lm_eval(seeds, here, command, monkeypatch):
