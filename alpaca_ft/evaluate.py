@@ -450,9 +450,11 @@ def _opener():
     return urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
 
 def _letter(said):
-    "The verdict in what a judge said; a tie where there is none."
-    found = re.search(r'\b[ABT]\b', said or '', re.I)
-    return found[0].upper() if found else 'T'
+    "The verdict in what a judge said; None where there is none."
+    said = said if isinstance(said, str) else ''
+    found = re.fullmatch(r'[\W_]*([ABT])[\W_]*', said, re.I)
+    found = found or re.search(r'\b([BT]|A(?! tie\b)|(?i:(?:a )?tie))\b', said)  # in a sentence, `a` is a word
+    return None if not found else 'T' if len(found[1]) > 1 else found[1].upper()
 
 # %% ../nbs/08_evaluate.ipynb #08-059
 def ask_judge(
@@ -464,22 +466,22 @@ def ask_judge(
     "One question to the judge; raises `Refused`."
     headers = judge_headers(url)
     question = dict(model=model, temperature=0, max_tokens=8, messages=[dict(role='user', content=text)])
-    opener = _opener()
+    opener, address = _opener(), url.rstrip('/') + '/chat/completions'
     for i in range(tries):
         try:
-            request = urllib.request.Request(url.rstrip('/') + '/chat/completions', json.dumps(question).encode(),
-                                             headers)
+            request = urllib.request.Request(address, json.dumps(question).encode(), headers)
             with opener.open(request, timeout=60) as reply:
                 said = json.load(reply)['choices'][0]['message']['content']
-            return _letter(said)
+            break
         except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
             why, code = ' '.join(str(e).split())[:160] or type(e).__name__, getattr(e, 'code', 500)
-            if code < 500 and code != 429:
-                break
-            if i + 1 < tries:
-                time.sleep(min(2**i, 8))
-    raise Refused(f'{url}: the judge does not answer ({why}); check the address, --judge-model and OPENAI_API_KEY. '
-                  'What it said so far is kept')
+            if i + 1 == tries or code < 500 and code != 429:
+                raise Refused(f'{url}: the judge does not answer ({why}); check the address, --judge-model and '
+                              'OPENAI_API_KEY. What it said so far is kept') from None
+            time.sleep(min(2**i, 8))
+    if not _letter(said):
+        raise Refused(f'{url}: the judge said {str(said)[:40]!r}, none of A, B and T; take one that answers at once')
+    return _letter(said)
 
 # %% ../nbs/08_evaluate.ipynb #08-067
 def ask_once(
