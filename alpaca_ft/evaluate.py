@@ -567,9 +567,10 @@ def read_task(
 
 # %% ../nbs/08_evaluate.ipynb #08-n79
 def check_tasks(
-    paths:list,  # task files
+    paths:list,  # task files, or one
 )->list:  # see `read_task`
     "All tasks, or a refusal before anything is measured."
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
     if paths and not find_spec('lm_eval'):
         raise Refused("--tasks: lm-eval is not installed; pip install lm_eval")
     tasks = [read_task(p) for p in paths]
@@ -621,7 +622,8 @@ def run_tasks(
                 continue
             label = f'{name} {metric}' + ('' if how == 'none' else f' {how}')
             by_row = _numbers([s.get(metric) for s in found['samples'][name] if s['filter'] == how])
-            out[label] = [float(value)] if by_row is None else by_row
+            is_mean = by_row and math.isclose(sum(by_row)/len(by_row), value, rel_tol=1e-6, abs_tol=1e-9)
+            out[label] = by_row if is_mean else [float(value)]
     return out
 
 # %% ../nbs/08_evaluate.ipynb #08-075

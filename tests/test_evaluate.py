@@ -192,6 +192,24 @@ def test_tasks_of_lm_eval(seeds, here, command, monkeypatch):
     assert abs(result['everyday acc']['value'] - right/10) < 1e-9
 
 
+def test_perplexity_of_lm_eval(tiny, here):
+    "It is no mean over rows: one number, the one that lm-eval gives."
+    pytest.importorskip('lm_eval', reason='lm-eval is not installed; pip install lm_eval')
+    from alpaca_ft.evaluate import run_tasks
+    from alpaca_ft.model import load_model, load_tokenizer
+    Path('words.jsonl').write_text(''.join(json.dumps(dict(begin=f'{i} plus one is', end=f' {i + 1}.')) + '\n'
+                                           for i in range(6)))
+    Path('words.yaml').write_text(
+        'task: words\ndataset_path: json\ndataset_kwargs: {data_files: {test: words.jsonl}}\ntest_split: test\n'
+        'output_type: loglikelihood\ndoc_to_text: "{{begin}}"\ndoc_to_target: "{{end}}"\n'
+        'metric_list:\n  - metric: perplexity\n  - metric: acc\n')
+    tasks = check_tasks('words.yaml')  # one alone needs no list
+    assert tasks == check_tasks(['words.yaml'])
+    found = run_tasks(tasks, load_model(str(tiny)), load_tokenizer(str(tiny)))
+    assert len(found['words perplexity']) == 1 and found['words perplexity'][0] > 1, found
+    assert len(found['words acc']) == 6
+
+
 @pytest.mark.parametrize('change, why', [
     (('dataset_path: json', 'dataset_path: cais/mmlu'), 'would need the network'),
     (('test: everyday.jsonl', 'test: https://example.org/x.jsonl'), 'no such file'),
