@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from .data import Refused
-from .evaluate import comparison_lines
+from .evaluate import comparison_lines, trained_lines
 from .files import read_json, read_run
 from .options import RunConfig
 from .packing import plot_packing
@@ -348,8 +348,10 @@ def evaluated(
     found = read_json(folder/'evaluation.json')
     if not found:
         return ''
-    what = f"{' and '.join(reversed(found['models']))}, {found['rows']:,} rows held back"
-    return '\n'.join([what, *comparison_lines(found['measures'], found.get('heads', ('against', 'model')))])
+    held_out = ' held back' if found.get('held_out', True) else ''
+    what = f"{' and '.join(reversed(found['models']))}, {found['rows']:,} rows{held_out}"
+    lines = comparison_lines(found['measures'], found.get('heads', ('against', 'model')))
+    return '\n'.join([what, *lines, *trained_lines(found.get('trained_on', {}))])
 
 # %% ../nbs/15_report.ipynb #96d27c0e
 def seen_rows(

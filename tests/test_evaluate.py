@@ -157,6 +157,30 @@ def test_paths(seeds, tiny, tmp_path):
         evaluate(seeds/'run1', against=seeds/'run1')
 
 
+def test_rows_of_the_training(seeds, tmp_path, command):
+    "Rows that are given are not called held back, and those that a run was trained on are counted."
+    from alpaca_ft.evaluate import trained_lines, trained_on
+    lines = [(seeds/f'{name}.jsonl').read_text().splitlines(keepends=True) for name in ('train', 'test')]
+    (tmp_path/'mixed.jsonl').write_text(''.join(lines[0][:4] + lines[1][:6]))
+    args = ['evaluate', seeds/'run1', seeds/'run2', '--against', 'none', '--n-samples', 0]
+    code, out, err = command(*args, '--data', tmp_path/'mixed.jsonl', '--to', tmp_path/'there')
+    assert code == 0 and '10 rows, none of them answered' in out and 'held back' not in out, out + err
+    for run in ('run1', 'run2'):
+        said = f'{run}: trained on 4 of these rows, which are no test of it'
+        assert said in out and said in err
+    assert json.loads((tmp_path/'there'/'evaluation.json').read_text())['trained_on'] == {
+        str(seeds/'run1'): 4, str(seeds/'run2'): 4}
+    assert json.loads((seeds/'run2'/'evaluation.json').read_text())['trained_on'] == {str(seeds/'run2'): 4}
+    code, out, err = command(*args, '--data', seeds/'test.jsonl', '--to', tmp_path/'there')
+    assert code == 0 and '10 rows, none' in out and 'trained on' not in out + err, out + err
+    config = yaml.safe_load((seeds/'run1'/'config.yaml').read_text())
+    rows = load_alpaca(tmp_path/'mixed.jsonl')['train']
+    assert trained_on(config, rows) == 4
+    for other in (dict(data=str(seeds/'test.jsonl')), dict(data='somebody/rows'), dict(stream=True)):
+        assert trained_on(config | other, rows) is None, other
+    assert trained_lines({'a/run1': None, 'run2': 0}) == ['run1: not known if it was trained on some of these rows']
+
+
 # lm-eval
 
 def test_tasks_of_lm_eval(seeds, here, command, monkeypatch):
