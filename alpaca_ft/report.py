@@ -410,11 +410,12 @@ def render(
 
 # %% ../nbs/15_report.ipynb #15-059
 def write_report(
-    folders:list,  # run folders, at most six
+    folders,  # a run folder, or a list of at most six
     to=None,  # the file; None: report.html in the run's folder, or here for several runs
     running:bool=False,  # see `render`
 )->Path:  # the file
     "Write the page; it appears complete or not at all."
+    folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
     if not 1 <= len(folders) <= 6:
         raise Refused(f'{len(folders)} runs: a report shows one to six; give fewer')
     runs = [read_run(f) for f in folders]

@@ -100,6 +100,16 @@ def test_unfinished_and_empty(tmp_path, runs):
     assert 'No samples yet' in write_report([run]).read_text() and 'not finished' in (run/'report.html').read_text()
 
 
+def test_one_run(tmp_path, runs):
+    "One run alone needs no list."
+    run = tmp_path/'young'
+    run.mkdir()
+    shutil.copy(runs[0]/'config.yaml', run)
+    for one in (run, str(run)):
+        (run/'report.html').unlink(missing_ok=True)
+        assert write_report(one) == run/'report.html' and (run/'report.html').exists()
+
+
 def test_what_was_measured(tmp_path):
     "Rows that were given are not called held back, and it is said that a run was trained on them."
     measure = dict(measure='loss, all tokens', kind='mean', value=2.)
