@@ -1,5 +1,9 @@
 __version__ = "0.2.0.dev0"
 
+import sys
+from importlib import import_module
+from types import ModuleType
+
 # What a user needs can be imported from here; a module is loaded at the first use, so `import alpaca_ft` is quick.
 _modules = dict(
     data='Refused load_alpaca split_alpaca shared_rows read_rows iter_rows row_problem clean_rows write_jsonl '
@@ -37,11 +41,36 @@ _where = {name: module for module, names in _modules.items() for name in names.s
 __all__ = sorted(_where)
 
 
+class _Callable(ModuleType):
+    "A module with a function of its own name, such as `evaluate`: to call it is to call the function."
+    def __call__(self, *args, **kw):
+        return self._named()(*args, **kw)
+
+    def _named(self):
+        return vars(self)[self.__name__.rpartition('.')[2]]
+
+    @property
+    def __signature__(self):
+        from inspect import signature
+        return signature(self._named())
+
+
+class _Package(ModuleType):
+    "Python binds each imported module to its package, over a function of the same name; so such modules can be called."
+    def __setattr__(self, name, value):
+        if name in _where and isinstance(value, ModuleType):
+            value.__class__ = _Callable
+        super().__setattr__(name, value)
+
+
 def __getattr__(name):
-    from importlib import import_module
-    if name in _where:
-        return getattr(import_module(f'alpaca_ft.{_where[name]}'), name)
-    raise AttributeError(f'module alpaca_ft has no attribute {name!r}')
+    if name not in _where:
+        raise AttributeError(f'module alpaca_ft has no attribute {name!r}')
+    module = import_module(f'alpaca_ft.{_where[name]}')
+    return module if name in _modules else getattr(module, name)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__(): return sorted({*globals(), *_where})

@@ -8,9 +8,10 @@ __all__ = ['INSTEAD', 'NEUTRAL', 'LEAST', 'FEW', 'MEASURES', 'INTERVALS', 'JUDGE
            'repetition', 'answer_rows', 'measure', 'sums_and_counts', 't_value', 'interval', 'share_interval',
            'median_interval', 'values_of', 'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines',
            'noise', 'spread_lines', 'ask_judge', 'ask_once', 'judge', 'local_files', 'read_task', 'check_tasks',
-           'run_tasks', 'evaluation_page', 'side_by_side', 'judge_pairs', 'who', 'common_rows', 'write_results',
-           'notes', 'summary', 'write_each', 'judge_line', 'check_judge', 'heads', 'leave', 'check_models',
-           'check_places', 'measure_each', 'evaluate', 'NoRedirect', 'host_of', 'judge_headers']
+           'run_tasks', 'evaluation_page', 'side_by_side', 'judge_pairs', 'who', 'trained_on', 'trained_lines',
+           'common_rows', 'write_results', 'notes', 'summary', 'write_each', 'judge_line', 'check_judge', 'heads',
+           'leave', 'check_models', 'check_places', 'measure_each', 'evaluate', 'NoRedirect', 'host_of',
+           'judge_headers']
 
 # %% ../nbs/08_evaluate.ipynb #08-003
 import hashlib
@@ -18,9 +19,10 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib.resources import files
 from importlib.util import find_spec
@@ -32,7 +34,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from .data import Refused, load_alpaca, split_alpaca
+from .data import Refused, load_alpaca, shared_rows, split_alpaca
 from .files import append_jsonl, read_jsonl, read_run, write_whole
 from .formats import IfThere, parse_columns
 from .manifest import rows_digest
@@ -450,9 +452,11 @@ def _opener():
     return urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
 
 def _letter(said):
-    "The verdict in what a judge said; a tie where there is none."
-    found = re.search(r'\b[ABT]\b', said or '', re.I)
-    return found[0].upper() if found else 'T'
+    "The verdict in what a judge said; None where there is none."
+    said = said if isinstance(said, str) else ''
+    found = re.fullmatch(r'[\W_]*([ABT])[\W_]*', said, re.I)
+    found = found or re.search(r'\b([BT]|A(?! tie\b)|(?i:(?:a )?tie))\b', said)  # in a sentence, `a` is a word
+    return None if not found else 'T' if len(found[1]) > 1 else found[1].upper()
 
 # %% ../nbs/08_evaluate.ipynb #08-059
 def ask_judge(
@@ -464,22 +468,22 @@ def ask_judge(
     "One question to the judge; raises `Refused`."
     headers = judge_headers(url)
     question = dict(model=model, temperature=0, max_tokens=8, messages=[dict(role='user', content=text)])
-    opener = _opener()
+    opener, address = _opener(), url.rstrip('/') + '/chat/completions'
     for i in range(tries):
         try:
-            request = urllib.request.Request(url.rstrip('/') + '/chat/completions', json.dumps(question).encode(),
-                                             headers)
+            request = urllib.request.Request(address, json.dumps(question).encode(), headers)
             with opener.open(request, timeout=60) as reply:
                 said = json.load(reply)['choices'][0]['message']['content']
-            return _letter(said)
+            break
         except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
             why, code = ' '.join(str(e).split())[:160] or type(e).__name__, getattr(e, 'code', 500)
-            if code < 500 and code != 429:
-                break
-            if i + 1 < tries:
-                time.sleep(min(2**i, 8))
-    raise Refused(f'{url}: the judge does not answer ({why}); check the address, --judge-model and OPENAI_API_KEY. '
-                  'What it said so far is kept')
+            if i + 1 == tries or code < 500 and code != 429:
+                raise Refused(f'{url}: the judge does not answer ({why}); check the address, --judge-model and '
+                              'OPENAI_API_KEY. What it said so far is kept') from None
+            time.sleep(min(2**i, 8))
+    if not _letter(said):
+        raise Refused(f'{url}: the judge said {str(said)[:40]!r}, none of A, B and T; take one that answers at once')
+    return _letter(said)
 
 # %% ../nbs/08_evaluate.ipynb #08-067
 def ask_once(
@@ -565,9 +569,10 @@ def read_task(
 
 # %% ../nbs/08_evaluate.ipynb #08-n79
 def check_tasks(
-    paths:list,  # task files
+    paths:list,  # task files, or one
 )->list:  # see `read_task`
     "All tasks, or a refusal before anything is measured."
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
     if paths and not find_spec('lm_eval'):
         raise Refused("--tasks: lm-eval is not installed; pip install lm_eval")
     tasks = [read_task(p) for p in paths]
@@ -619,7 +624,8 @@ def run_tasks(
                 continue
             label = f'{name} {metric}' + ('' if how == 'none' else f' {how}')
             by_row = _numbers([s.get(metric) for s in found['samples'][name] if s['filter'] == how])
-            out[label] = [float(value)] if by_row is None else by_row
+            is_mean = by_row and math.isclose(sum(by_row)/len(by_row), value, rel_tol=1e-6, abs_tol=1e-9)
+            out[label] = by_row if is_mean else [float(value)]
     return out
 
 # %% ../nbs/08_evaluate.ipynb #08-075
@@ -710,13 +716,44 @@ def who(
         raise Refused(f'{against}: would be compared with itself; name another model after --against')
     return models | {against: find_model(against)[0]}, configs, against
 
+# %% ../nbs/08_evaluate.ipynb #08-tr2
+def trained_on(
+    config:dict,  # of a run
+    rows,  # Dataset of rows
+    tokenizer=None,  # see `load_rows`; of the run's model
+)->int|None:  # None: not known
+    "How many of some rows a run was trained on, letter for letter."
+    options = run_options(config)
+    sources = [source for source in (options.data, options.eval_data) if source]
+    if options.stream or not all(source in ('builtin', 'demo') or Path(source).exists() for source in sources):
+        return None
+    was = (config.get('manifest') or {}).get('data')
+    with suppress(Refused):
+        ds = load_rows(options, tokenizer)[0]
+        if not was or was == rows_digest(ds['train'], ds['test']):
+            return shared_rows(ds['train'], rows)
+    return None
+
+def trained_lines(
+    trained:dict,  # run: see `trained_on`
+)->list:  # lines of text; none where no run was trained on any of the rows
+    "What to say of rows that were given."
+    said = []
+    for run, n in trained.items():
+        name = printable(Path(run).absolute().name, 21)
+        if n is None:
+            said.append(f'{name}: not known if it was trained on some of these rows')
+        elif n:
+            said.append(f'{name}: trained on {n:,} of these rows, which are no test of it')
+    return said
+
 # %% ../nbs/08_evaluate.ipynb #08-n87
 def common_rows(
     runs:list,  # names, for the message
     configs:list,  # of the runs
     data:str=None,  # see `held_out`
     trust_remote_code:bool=False,  # run Python code that comes with a model
-):  # Dataset of rows
+)->tuple:  # (Dataset of rows, {run: see `trained_on`} where they were given)
     "The rows that all runs held back; raises `Refused` where they held back different ones."
     quiet()
     tokenizers = []
@@ -725,13 +762,14 @@ def common_rows(
         tokenizers.append(load_tokenizer(find_model(run)[0], trust))
     rows = held_out(configs[0], data, tokenizers[0])
     if data:
-        return rows
+        each = zip(runs, configs, tokenizers)
+        return rows, {run: trained_on(config, rows, tokenizer) for run, config, tokenizer in each if config}
     for name, config, tokenizer in zip(runs[1:], configs[1:], tokenizers[1:]):
         if held_out(config, tokenizer=tokenizer)[:] != rows[:]:
             raise Refused(f'{runs[0]} and {name} held back different rows, so one was trained on rows of the other; '
                           'make one split with `alpaca_ft split`, train them all on it as --data, or give rows that '
                           'none has seen as --data')
-    return rows
+    return rows, {}
 
 # %% ../nbs/08_evaluate.ipynb #08-n89
 def write_results(
@@ -752,11 +790,12 @@ def write_results(
 def notes(
     each:dict,  # see `summary`
     other:str,  # name of the model that the runs are compared with, or None
-    rows:int,  # that were held back
+    rows:int,  # measured
     counted:int,  # those in the losses
+    trained:dict,  # run: see `trained_on`
 )->list:  # lines of text
     "What a reader of the comparison has to know."
-    said = []
+    said = trained_lines(trained)
     if counted < rows:
         said.append(f'{rows - counted} rows have no room for a response and are in no loss')
     if other and LEAST <= counted < FEW:
@@ -770,7 +809,7 @@ def notes(
 def summary(
     each:dict,  # what `measure` says of each model, by its name: the runs, then the other one
     other:str,  # name of the other one, or None
-    about:dict,  # heads (of the two columns), max_new_tokens, data
+    about:dict,  # heads (of the two columns), max_new_tokens, data, held_out (or given), trained_on
     rows,  # Dataset of rows
 )->tuple:  # (result for evaluation.json, lines of text)
     "Compare what was measured, and say it."
@@ -779,15 +818,16 @@ def summary(
     which = 'none' if not n else 'all' if n == len(rows) else f'the first {n:,}'
     room = f" in at most {about['max_new_tokens']} tokens" if n else ''
     before, after = about['heads']
-    said = [f'{len(rows):,} rows held back, {which} of them answered{room}',
+    trained = {run: n for run, n in about['trained_on'].items() if run in each}
+    said = [f"{len(rows):,} rows{' held back' if about['held_out'] else ''}, {which} of them answered{room}",
             *comparison_lines(lines, (before, after if len(runs) == 1 else 'mean'))]
     if n:
         said.append(f"{'  of the references':30}{np.median(first['references']):8.1f}")
     if len(runs) > 1:
         said += spread_lines(lines)
-    said += notes(each, other, len(rows), len(first['losses']))
+    said += notes(each, other, len(rows), len(first['losses']), trained)
     result = dict(models=list(each), rows=len(rows), answered=n, measures=lines, references=first['references'])
-    return result | about, said
+    return result | about | dict(trained_on=trained), said
 
 # %% ../nbs/08_evaluate.ipynb #08-n91
 def write_each(
@@ -928,14 +968,18 @@ def evaluate(
 )->str:  # the comparison as text
     "Measure a run before and after training, or several, and leave the answers side by side."
     runs = list(dict.fromkeys([str(runs)] if isinstance(runs, (str, Path)) else map(str, runs)))
+    against, data = (given if given is None else str(given) for given in (against, data))
     models, configs, other = who(runs, against)
     check_judge(judge_url, runs, other, n_samples)
-    todo, rows = check_tasks(tasks or []), common_rows(runs, configs, data, trust_remote_code)
+    todo, (rows, trained) = check_tasks(tasks or []), common_rows(runs, configs, data, trust_remote_code)
     folder = Path(to or (runs[0] if len(runs) == 1 and configs[0] else 'evaluation'))
     own = [run for run, config in zip(runs, configs) if config] if len(runs) > 1 else []
     check_places([folder, *own])
+    for line in trained_lines(trained):
+        print(line, file=sys.stderr)
     each = measure_each(models, configs, rows, n_samples, max_new_tokens, trust_remote_code, todo)
-    about = dict(heads=heads(configs, other), max_new_tokens=max_new_tokens, data=data or configs[0].get('data'))
+    about = dict(heads=heads(configs, other), max_new_tokens=max_new_tokens, data=data or configs[0].get('data'),
+                 held_out=not data, trained_on=trained)
     said = leave(folder, each, other, about, rows, judge_url, judge_model)
     write_each(each, other, about, rows, own)
     return '\n'.join([*said, f'side by side in {folder}/evaluation.html'])

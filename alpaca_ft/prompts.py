@@ -165,6 +165,7 @@ def use_template(
                           'give alpaca, chat or a file of Jinja') from None
     if not tokenizer.chat_template:
         raise Refused('template is chat, but the tokenizer has no chat template; give alpaca or a file of Jinja')
+    check_tokenizer(tokenizer)
     tokenizer.init_kwargs[MARK] = 'chat'
     chat_template(tokenizer).shape(('user', 'assistant'))  # what cannot serve is refused here
 

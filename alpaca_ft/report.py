@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from .data import Refused
-from .evaluate import comparison_lines
+from .evaluate import comparison_lines, trained_lines
 from .files import read_json, read_run
 from .options import RunConfig
 from .packing import plot_packing
@@ -348,8 +348,10 @@ def evaluated(
     found = read_json(folder/'evaluation.json')
     if not found:
         return ''
-    what = f"{' and '.join(reversed(found['models']))}, {found['rows']:,} rows held back"
-    return '\n'.join([what, *comparison_lines(found['measures'], found.get('heads', ('against', 'model')))])
+    held_out = ' held back' if found.get('held_out', True) else ''
+    what = f"{' and '.join(reversed(found['models']))}, {found['rows']:,} rows{held_out}"
+    lines = comparison_lines(found['measures'], found.get('heads', ('against', 'model')))
+    return '\n'.join([what, *lines, *trained_lines(found.get('trained_on', {}))])
 
 # %% ../nbs/15_report.ipynb #96d27c0e
 def seen_rows(
@@ -408,11 +410,12 @@ def render(
 
 # %% ../nbs/15_report.ipynb #15-059
 def write_report(
-    folders:list,  # run folders, at most six
+    folders,  # a run folder, or a list of at most six
     to=None,  # the file; None: report.html in the run's folder, or here for several runs
     running:bool=False,  # see `render`
 )->Path:  # the file
     "Write the page; it appears complete or not at all."
+    folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
     if not 1 <= len(folders) <= 6:
         raise Refused(f'{len(folders)} runs: a report shows one to six; give fewer')
     runs = [read_run(f) for f in folders]

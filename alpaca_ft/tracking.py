@@ -309,7 +309,10 @@ def split(
     out, bad = Path(out), []
     if out.exists():
         raise Refused(f'{out}: exists already; give another --out, or remove it')
-    ds = split_alpaca(load_alpaca(raw, skip_bad_rows, bad, parse_columns(columns))['train'], seed, n_eval)
+    found = load_alpaca(raw, skip_bad_rows, bad, parse_columns(columns))
+    if 'train' not in found:
+        raise Refused(f'{raw}: has {", ".join(found)}, but no train split; give rows that are not split yet')
+    ds = split_alpaca(found['train'], seed, n_eval)
     splits = dict(train=ds['train'], eval=ds['test'])
     part = out.with_name(out.name + '.part')
     for name, rows in splits.items():
@@ -319,4 +322,6 @@ def split(
     if track == 'wandb':
         log_split(out, splits, raw, seed, project)
     left_out = f', {len(bad)} bad ones left out' if bad else ''
+    if 'test' in found:
+        left_out += f", {len(found['test']):,} of its own test split left out"
     return f"{out}: {sizes['train']:,} rows to train on, {sizes['eval']:,} held back{left_out}"

@@ -24,7 +24,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from .data import Refused, read_rows, row_problem
-from .evaluate import comparison_lines, find_model
+from .evaluate import comparison_lines, find_model, trained_lines
 from .files import append_jsonl, read_run
 from .gguf_file import check_gguf, described, modelfile, write_gguf
 from .model import autocast, compute_dtype, load_model, load_tokenizer, model_folder
@@ -365,7 +365,8 @@ def measured(
         return []
     found = json.loads(path.read_text(encoding='utf-8'))
     others = ', '.join(found['models'][1:])
-    return [f'Against {others}:' if others else 'Measured:', verbatim('\n'.join(comparison_lines(found['measures'])))]
+    lines = comparison_lines(found['measures']) + trained_lines(found.get('trained_on', {}))
+    return [f'Against {others}:' if others else 'Measured:', verbatim('\n'.join(lines))]
 
 # %% ../nbs/17_use.ipynb #17-058
 SETTINGS = ('seq_len', 'batch_size', 'epochs', 'max_steps', 'lr', 'warmup', 'loss_on', 'method', 'n_freeze',

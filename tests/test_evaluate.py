@@ -148,6 +148,39 @@ def test_answers_have_the_room_and_the_rows(seeds, tiny):
     assert '10 rows held back, none of them answered' in evaluate(str(seeds/'run1'), against='none', n_samples=0)
 
 
+def test_paths(seeds, tiny, tmp_path):
+    "A Path serves wherever a name does."
+    evaluate(seeds/'run1', against=tiny, data=seeds/'test.jsonl', n_samples=0, to=tmp_path/'there')
+    found = json.loads((tmp_path/'there'/'evaluation.json').read_text())
+    assert found['models'] == [str(seeds/'run1'), str(tiny)] and found['data'] == str(seeds/'test.jsonl')
+    with pytest.raises(Refused, match='compared with itself'):
+        evaluate(seeds/'run1', against=seeds/'run1')
+
+
+def test_rows_of_the_training(seeds, tmp_path, command):
+    "Rows that are given are not called held back, and those that a run was trained on are counted."
+    from alpaca_ft.evaluate import trained_lines, trained_on
+    lines = [(seeds/f'{name}.jsonl').read_text().splitlines(keepends=True) for name in ('train', 'test')]
+    (tmp_path/'mixed.jsonl').write_text(''.join(lines[0][:4] + lines[1][:6]))
+    args = ['evaluate', seeds/'run1', seeds/'run2', '--against', 'none', '--n-samples', 0]
+    code, out, err = command(*args, '--data', tmp_path/'mixed.jsonl', '--to', tmp_path/'there')
+    assert code == 0 and '10 rows, none of them answered' in out and 'held back' not in out, out + err
+    for run in ('run1', 'run2'):
+        said = f'{run}: trained on 4 of these rows, which are no test of it'
+        assert said in out and said in err
+    assert json.loads((tmp_path/'there'/'evaluation.json').read_text())['trained_on'] == {
+        str(seeds/'run1'): 4, str(seeds/'run2'): 4}
+    assert json.loads((seeds/'run2'/'evaluation.json').read_text())['trained_on'] == {str(seeds/'run2'): 4}
+    code, out, err = command(*args, '--data', seeds/'test.jsonl', '--to', tmp_path/'there')
+    assert code == 0 and '10 rows, none' in out and 'trained on' not in out + err, out + err
+    config = yaml.safe_load((seeds/'run1'/'config.yaml').read_text())
+    rows = load_alpaca(tmp_path/'mixed.jsonl')['train']
+    assert trained_on(config, rows) == 4
+    for other in (dict(data=str(seeds/'test.jsonl')), dict(data='somebody/rows'), dict(stream=True)):
+        assert trained_on(config | other, rows) is None, other
+    assert trained_lines({'a/run1': None, 'run2': 0}) == ['run1: not known if it was trained on some of these rows']
+
+
 # lm-eval
 
 def test_tasks_of_lm_eval(seeds, here, command, monkeypatch):
@@ -181,6 +214,24 @@ def test_tasks_of_lm_eval(seeds, here, command, monkeypatch):
             scores.append(sum(logits[i - 1, ids[i]].item() for i in range(len(asked_ids), len(ids))))
         right += scores.index(max(scores)) == q['answer']
     assert abs(result['everyday acc']['value'] - right/10) < 1e-9
+
+
+def test_perplexity_of_lm_eval(tiny, here):
+    "It is no mean over rows: one number, the one that lm-eval gives."
+    pytest.importorskip('lm_eval', reason='lm-eval is not installed; pip install lm_eval')
+    from alpaca_ft.evaluate import run_tasks
+    from alpaca_ft.model import load_model, load_tokenizer
+    Path('words.jsonl').write_text(''.join(json.dumps(dict(begin=f'{i} plus one is', end=f' {i + 1}.')) + '\n'
+                                           for i in range(6)))
+    Path('words.yaml').write_text(
+        'task: words\ndataset_path: json\ndataset_kwargs: {data_files: {test: words.jsonl}}\ntest_split: test\n'
+        'output_type: loglikelihood\ndoc_to_text: "{{begin}}"\ndoc_to_target: "{{end}}"\n'
+        'metric_list:\n  - metric: perplexity\n  - metric: acc\n')
+    tasks = check_tasks('words.yaml')  # one alone needs no list
+    assert tasks == check_tasks(['words.yaml'])
+    found = run_tasks(tasks, load_model(str(tiny)), load_tokenizer(str(tiny)))
+    assert len(found['words perplexity']) == 1 and found['words perplexity'][0] > 1, found
+    assert len(found['words acc']) == 6
 
 
 @pytest.mark.parametrize('change, why', [

@@ -36,6 +36,40 @@ def test_lazy_names():
     assert set(alpaca_ft._modules) | {'cli'} == set(chapters)
 
 
+NAMES = """
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+import pytest
+from alpaca_ft import evaluate, checkpoints, processes
+import alpaca_ft
+for f in (evaluate, alpaca_ft.evaluate):  # each is a module's name too
+    with pytest.raises(alpaca_ft.Refused, match='not a run folder'):
+        f('demo', 'base')
+assert processes() == alpaca_ft.processes() == 1
+assert checkpoints(Path('nowhere')) == alpaca_ft.checkpoints(Path('nowhere')) == []
+from alpaca_ft import *
+for name, module in alpaca_ft._where.items():
+    module = import_module(f'alpaca_ft.{module}')
+    real, found = getattr(module, name), globals()[name]
+    if name in alpaca_ft._modules:
+        assert found is module and callable(found) and signature(found) == signature(real), name
+    else:
+        assert found is real, name
+    assert getattr(alpaca_ft, name) is found, name
+import alpaca_ft.evaluate
+from alpaca_ft.evaluate import evaluate, interval
+assert alpaca_ft.evaluate.interval is interval and alpaca_ft.evaluate.evaluate is evaluate
+"""
+
+
+def test_names_are_what_they_say():
+    "In a fresh process, and where all modules are there: every name can be imported from the package, and used."
+    python(NAMES)
+    import alpaca_ft.run  # noqa: F401
+    exec(NAMES, {})
+
+
 def test_import_order():
     "A module imports only from modules that stand before it."
     assert set(ORDER) == set(chapters)

@@ -6,7 +6,7 @@ import pytest
 
 from alpaca_ft import RunConfig, train
 from alpaca_ft.files import read_run
-from alpaca_ft.report import differing, sample_cards, series, write_report
+from alpaca_ft.report import differing, evaluated, sample_cards, series, write_report
 
 NASTY = '<script>document.title = "pwned"</script><img src=x onerror="document.title=1"> \x1b]0;t\x07 \u202e'
 
@@ -98,6 +98,29 @@ def test_unfinished_and_empty(tmp_path, runs):
     run.mkdir()
     shutil.copy(runs[0]/'config.yaml', run)
     assert 'No samples yet' in write_report([run]).read_text() and 'not finished' in (run/'report.html').read_text()
+
+
+def test_one_run(tmp_path, runs):
+    "One run alone needs no list."
+    run = tmp_path/'young'
+    run.mkdir()
+    shutil.copy(runs[0]/'config.yaml', run)
+    for one in (run, str(run)):
+        (run/'report.html').unlink(missing_ok=True)
+        assert write_report(one) == run/'report.html' and (run/'report.html').exists()
+
+
+def test_what_was_measured(tmp_path):
+    "Rows that were given are not called held back, and it is said that a run was trained on them."
+    measure = dict(measure='loss, all tokens', kind='mean', value=2.)
+    about = dict(models=['run', 'demo'], rows=3, measures=[measure])
+    for more, said in ((dict(), ['demo and run, 3 rows held back']),
+                       (dict(held_out=True, trained_on={}), ['demo and run, 3 rows held back']),
+                       (dict(held_out=False, trained_on={'a/run': 2}),
+                        ['demo and run, 3 rows', 'run: trained on 2 of these rows, which are no test of it'])):
+        (tmp_path/'evaluation.json').write_text(json.dumps(about | more))
+        lines = evaluated(tmp_path).splitlines()
+        assert [lines[0], *lines[3:]] == said
 
 
 def test_size(tmp_path, runs):

@@ -1,4 +1,5 @@
 "Chats and other rows: masks against a slow reference, on the stock templates that TRL brings; a run on chats."
+import copy
 import json
 import re
 from datetime import datetime
@@ -9,7 +10,7 @@ import several
 import trl
 from transformers import AutoTokenizer
 
-from alpaca_ft import RunConfig, load_alpaca, train, use_template
+from alpaca_ft import Refused, RunConfig, load_alpaca, train, use_template
 from alpaca_ft.sampling import before_after
 from alpaca_ft.prompts import end_ids, is_alpaca, row_prompt, tokenize
 from alpaca_ft.templates import DATE, DAY, ChatTemplate, render
@@ -98,6 +99,14 @@ def test_prompt_is_the_beginning(name, demo):
                                                 dict(role='assistant', content='A pear.')])
     asked = tokenizer(row_prompt(row, tokenizer), add_special_tokens=False)['input_ids']
     assert ids[:mask.index(1)] == asked
+
+
+def test_no_eos(tokenizer):
+    "A tokenizer without EOS is refused under a chat template too."
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token, tokenizer.chat_template = None, '{{ messages[0].content }}'
+    with pytest.raises(Refused, match='no EOS token'):
+        use_template(tokenizer, 'chat')
 
 
 def write_chats(path, n=24):

@@ -149,6 +149,19 @@ def test_split(tmp_path, rows, command):
     assert command('split', rows, '--out', tmp_path/'other', '--n-eval', 40)[0] == 2 and not (tmp_path/'other').exists()
 
 
+def test_split_of_a_source_with_a_test_split(here, rows, command):
+    "Rows for evaluation that a source has of its own are not dropped in silence; without training rows it is refused."
+    lines = rows.read_text().splitlines(keepends=True)
+    (here/'own').mkdir()
+    (here/'own'/'test.jsonl').write_text(''.join(lines[:6]))
+    code, out, err = command('split', 'own', '--out', 'parts')
+    assert code == 2 and 'own: has test, but no train split' in err and len(err.splitlines()) == 1, err
+    assert not (here/'parts').exists()
+    (here/'own'/'train.jsonl').write_text(''.join(lines[6:]))
+    code, out, err = command('split', 'own', '--out', 'parts')
+    assert code == 0 and '31 rows to train on, 3 held back, 6 of its own test split left out' in out, out
+
+
 @pytest.fixture
 def server(monkeypatch):
     s = Server(FILES)

@@ -139,6 +139,26 @@ def test_judge_fails_and_goes_on(server, tmp_path):
         judge([('p', 'a', 'b')], 'http://127.0.0.1:9', 'm', tmp_path/'j.jsonl')
 
 
+SAID = {'A': 'A', 'b.': 'B', '**t**': 'T', '_A_': 'A', 'Answer B is better': 'B', 'a tie': 'T', "It's a tie.": 'T',
+        'A tie': 'T', 'Tie': 'T', 'a good answer is B': 'B', '': None, None: None, '<think>\nLet me look': None,
+        'This is a hard one': None, 65: None}  # verdicts
+
+
+def test_verdicts(server, tmp_path):
+    "What names none of the three is no tie: it is refused at once, and not kept."
+    from alpaca_ft.evaluate import judge
+    for i, (said, letter) in enumerate(SAID.items()):
+        server.say, kept = lambda a, b, said=said: said, tmp_path/f'{i}.jsonl'
+        server.seen.clear()
+        if letter:
+            judge([('p', 'a', 'b')], server.url, 'm', kept)
+            assert [json.loads(line)['said'] for line in open(kept)] == [letter]*2, said
+        else:
+            with pytest.raises(Refused, match='none of A, B and T; take one that answers at once') as e:
+                judge([('p', 'a', 'b')], server.url, 'm', kept)
+            assert len(server.seen) == 1 and '\n' not in str(e.value) and not kept.exists(), said
+
+
 def test_sample(done, here, command):
     code, out, err = command('sample', done.out, '--instruction', 'Name a tree.', '--max-new-tokens', 4)
     assert code == 0 and out.strip()
