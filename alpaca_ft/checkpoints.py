@@ -260,8 +260,8 @@ class Checkpoints(TrainerCallback):
             by_name.setdefault(name, {})[entry] = t
         optimizer, names = self.trainer.optimizer, {p: k for k, p in self.trained().items()}
         saved, number = optimizer.state_dict(), 0
-        for group, lr in zip(optimizer.param_groups, about['lr']):
-            saved['param_groups'][optimizer.param_groups.index(group)]['lr'] = lr
+        for group, numbered, lr in zip(optimizer.param_groups, saved['param_groups'], about['lr']):
+            numbered['lr'] = lr
             for p in group['params']:
                 if names[p] in by_name:
                     saved['state'][number] = {entry: spread_like(t, p) for entry, t in by_name[names[p]].items()}
