@@ -956,7 +956,7 @@ def save_result(
 
     try:
         take_best(run, tail)
-        run.whole.gather()
+        run.whole.gather(everywhere=False)
         first_does(write)
     except Exception as e:
         if not is_first():
