@@ -745,10 +745,11 @@ def check_disk(
     need = trained if run.cfg.method == 'lora' else run.report['model_bytes']
     if run.large and run.cfg.method != 'lora':
         need = trained + sum(file.stat().st_size for file in shards(run.large.folder))
-    if run.cfg.save_every:
-        need += 3*trained*(run.cfg.keep + 1)
-    if run.cfg.final == 'best':
-        need += 2*trained
+    for folder, asked, takes in (('checkpoints', run.cfg.save_every, 3*trained*(run.cfg.keep + 1)),
+                                 ('best', run.cfg.final == 'best', 2*trained)):
+        if asked:
+            there = sum(p.stat().st_size for p in (run.out/folder).rglob('*') if p.is_file())  # old ones make room
+            need += max(0, takes - there)
     free = shutil.disk_usage(run.out).free
     if need > free:
         raise Refused(f'{run.out}: the result takes {gib(need)}, and {gib(free)} are free there; free some space, '

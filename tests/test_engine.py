@@ -84,6 +84,23 @@ def test_no_room_for_the_result(here, tiny, rows, monkeypatch):
     assert not Path('run').exists()
 
 
+def test_room_that_a_resumed_run_has_already(begun, rows, tmp_path, monkeypatch):
+    "The checkpoints that are there are part of what a run takes, not more."
+    shutil.copytree(begun, tmp_path/'w')
+    monkeypatch.chdir(tmp_path/'w')
+    about = json.loads(Path('run/preflight.json').read_text())
+    there = sum(p.stat().st_size for p in Path('run/checkpoints').rglob('*') if p.is_file())
+    kw = dict(save_every=2, keep=2, resume=True)
+    need = about['model_bytes'] + 3*(3*4*about['trainable'])
+    usage = shutil.disk_usage('.')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=need - there - 1000))
+    with pytest.raises(Refused, match='the result takes .* are free there'):
+        train(run_config('./model', rows, 'run', **kw))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=need - there + 1000))
+    train(run_config('./model', rows, 'run', **kw))
+    assert Path('run/model/model.safetensors').exists()
+
+
 def test_model_changed_while_it_was_trained(here, tiny, rows, capfd):
     "The frozen layers come back from the model's files; if these changed, nobody trains on: the weights are kept."
     from transformers import TrainerCallback
