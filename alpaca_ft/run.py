@@ -7,10 +7,10 @@ __all__ = ['LOCK', 'NOT_BEGUN', 'TOKENIZERS', 'Run', 'train', 'check_out', 'make
            'check_share', 'untracked', 'started_again', 'read_and_pack', 'stream_report', 'pack_rows', 'largest_token',
            'check_fit', 'load_whole', 'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient',
            'measure_step', 'decide_states', 'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check',
-           'memory_report', 'config_alone', 'check_tokenizer', 'prepare_shape', 'agree', 'go_on', 'check_disk',
-           'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains', 'build_trainer',
-           'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line',
-           'finish']
+           'memory_report', 'config_alone', 'check_tokenizer', 'prepare_shape', 'agree', 'other_states', 'go_on',
+           'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains',
+           'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left',
+           'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -31,7 +31,7 @@ from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, expl
 from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
 from .data import Refused, as_dataset, check_near, find_rows, near_duplicates, shared_rows
 from .evaluate import load_rows
-from .files import read_config_file, write_whole
+from .files import read_config_file, read_json, write_whole
 from .layers import (Large, as_folder, large_model, save_by_shard, shards, spare_memory, state_kind,
                               states_by_layer, try_saving_about)
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
@@ -708,6 +708,17 @@ def agree(
                                      'give all machines the same files and versions'))
     run.report = everyone(run.report)[0]
 
+# %% ../nbs/16_run.ipynb #16-os1
+def other_states(
+    run,  # Run after `preflight`, with the folder of a run that goes on
+)->list:  # a line, or none
+    "Whether frozen layers' output was kept before and is not now, or the other way round; `auto` may find other room."
+    says = dict(off='off', memory='in memory', disk='on disk')
+    was, now = read_json(run.out/'preflight.json').get('prefix_cache'), run.report['prefix_cache']
+    if was is None or (was == 'off') == (now == 'off'):
+        return []
+    return [f'kept states were {says[was]} and are {says[now]}']
+
 # %% ../nbs/16_run.ipynb #16-067
 def go_on(
     run,  # Run with manifest and folder; gets resume_from
@@ -727,6 +738,8 @@ def go_on(
     if short:
         raise Refused(f'{out}/{short}: shorter than when {run.resume_from.name} was saved; put it back, '
                       'or start anew with another --out')
+    if run.resume_from:
+        found.note.extend(other_states(run))
     if found.note:
         lines.append(f'{"; ".join(found.note)}: the end may differ from that of a run without interruption')
     if run.resume_from:

@@ -340,6 +340,21 @@ def test_auto_turns_off(here, rows, tokenizer, capfd):
         train(run_config('./neo', rows, 'other', prefix_cache='memory'))
 
 
+def test_states_that_are_kept_no_more(here, tiny, rows, cache, monkeypatch, capfd):
+    "Where `auto` decides otherwise when a run goes on, the user is told; rounding may differ."
+    kw = dict(n_freeze=3, max_steps=None, epochs=3, prefix_cache='auto', save_every=20, keep=9)
+    assert train(run_config(tiny, rows, 'whole', **kw)).report['prefix_cache'] == 'memory'
+    shutil.rmtree('whole/model')
+    shutil.copytree('whole', 'run')
+    train(run_config(tiny, rows, 'whole', resume=True, **kw))
+    err = capfd.readouterr().err
+    assert 'going on from whole' in err and 'may differ' not in err
+    monkeypatch.setattr('alpaca_ft.prefix.room_for_states', lambda: dict(memory=0, disk=0))
+    train(run_config(tiny, rows, 'run', resume=True, **kw))
+    err = capfd.readouterr().err
+    assert 'kept states were in memory and are off: the end may differ from that of a run without inter' in err, err
+
+
 # what a head and an attention do
 
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
