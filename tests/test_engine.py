@@ -357,6 +357,45 @@ def test_states_that_are_kept_no_more(here, tiny, rows, cache, monkeypatch, capf
 
 # what a head and an attention do
 
+def test_fast_ways_that_do_not_work(tmp_path, tiny, monkeypatch):
+    "Packages that are installed and cannot be imported: the next best way is taken, and the line says why."
+    from importlib.util import find_spec
+    from alpaca_ft import freeze, load_model
+    from alpaca_ft import speed
+    if find_spec('flash_attn') or find_spec('kernels'):
+        pytest.skip('transformers finds other ways to flash attention here')
+    (tmp_path/'liger_kernel').mkdir()
+    (tmp_path/'liger_kernel'/'__init__.py').write_text("raise ImportError('undefined symbol: of another version')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split('.')[0] == 'liger_kernel']:
+        monkeypatch.delitem(sys.modules, name)
+    model = freeze(load_model(str(tiny)), 2, frozen_dtype=torch.float32, verbose=False)
+    row = dict(input_ids=torch.randint(3, 97, (192,)).tolist(), completion_mask=[1]*192, seq_lengths=[120, 72])
+    found = {}
+    for best in (speed.Step(speed.FLASH, speed.linear_loss), speed.Step(speed.MASKED, speed.liger_linear_loss)):
+        monkeypatch.setattr(speed, 'candidates', lambda device, logits: best)  # as a GPU's, on this processor
+        step = speed.choose_step(model, [row], 1, 120)
+        found[step.attention.name, step.head.__name__] = step.says
+    assert list(found) == [('sdpa', 'linear_loss'), ('sdpa', 'torch_linear_loss')]
+    assert 'FlashAttention2' in found['sdpa', 'linear_loss'], found
+    assert 'undefined symbol: of another version' in found['sdpa', 'torch_linear_loss'], found
+
+
+def test_memory_that_ran_out_is_no_reason(tiny, monkeypatch):
+    "A way for which there is no memory is not one that a model cannot be computed in."
+    from alpaca_ft import freeze, load_model
+    from alpaca_ft import speed
+
+    def no_room(*args):
+        raise MemoryError
+    model = freeze(load_model(str(tiny)), 2, frozen_dtype=torch.float32, verbose=False)
+    row = dict(input_ids=torch.randint(3, 97, (192,)).tolist(), completion_mask=[1]*192, seq_lengths=[120, 72])
+    monkeypatch.setattr(speed, 'candidates', lambda device, logits: speed.Step(speed.BY_DOCUMENT, no_room))
+    with pytest.raises(MemoryError):
+        speed.choose_step(model, [row], 1, 120)
+
+
+
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 def test_softcap_keeps_the_plain_head(dtype, here, rows, tokenizer):
     "With a softcap of the logits, the head's product alone is not the model's."
