@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'write_checkpoint', 'remove_checkpoint', 'checkpoints', 'tidy', 'damage', 'last_complete', 'random_states',
-           'set_random_states', 'Stopped', 'resume_command', 'read_state', 'Checkpoints', 'cut_logs', 'shorter_log',
-           'best_folder', 'refers_to', 'lost', 'Best', 'Failed', 'out_of_memory', 'gib', 'fewer_layers',
+           'set_random_states', 'Stopped', 'resume_command', 'read_state', 'keep_whole', 'Checkpoints', 'cut_logs',
+           'shorter_log', 'best_folder', 'refers_to', 'lost', 'Best', 'Failed', 'out_of_memory', 'gib', 'fewer_layers',
            'memory_advice', 'disk_trouble', 'explained']
 
 # %% ../nbs/12_checkpoints.ipynb #12-003
@@ -177,6 +177,17 @@ def read_state(
     "What a checkpoint says beside its tensors."
     return json.loads((Path(folder)/'state.json').read_text(encoding='utf-8'))
 
+# %% ../nbs/12_checkpoints.ipynb #12-kw2
+def keep_whole(
+    tensors:dict,  # gets it, in the process that writes
+    name:str,  # in the dict
+    tensor,  # or the part of one that this process has
+)->None:
+    "All of a tensor, into the memory of the process that writes: the others only give their part."
+    whole = gathered(tensor)
+    if is_first():
+        tensors[name] = whole.cpu().contiguous()
+
 # %% ../nbs/12_checkpoints.ipynb #12-054
 class Checkpoints(TrainerCallback):
     "Saves between two steps, after a step's log, evaluation and samples; stops there when a signal came."
@@ -202,17 +213,11 @@ class Checkpoints(TrainerCallback):
         "What trains, and what the optimizer has on it, for the first process; put together where it is spread."
         weights, moments = {}, {}
         for k, p in self.trained().items():
-            self.put(weights, k, p.detach())
+            keep_whole(weights, k, p.detach())
             for name, t in self.trainer.optimizer.state[p].items():
                 if t is not None:
-                    self.put(moments, f'{k}|{name}', torch.as_tensor(t))
+                    keep_whole(moments, f'{k}|{name}', torch.as_tensor(t))
         return weights, moments
-
-    def put(self, tensors, name, tensor):
-        "All of a tensor, into the memory of the process that writes: the others only give their part."
-        whole = gathered(tensor)
-        if is_first():
-            tensors[name] = whole.cpu().contiguous()
 
     def write(self, folder, weights, tensors):
         "All files of a checkpoint."
@@ -260,8 +265,8 @@ class Checkpoints(TrainerCallback):
             by_name.setdefault(name, {})[entry] = t
         optimizer, names = self.trainer.optimizer, {p: k for k, p in self.trained().items()}
         saved, number = optimizer.state_dict(), 0
-        for group, lr in zip(optimizer.param_groups, about['lr']):
-            saved['param_groups'][optimizer.param_groups.index(group)]['lr'] = lr
+        for group, numbered, lr in zip(optimizer.param_groups, saved['param_groups'], about['lr']):
+            numbered['lr'] = lr
             for p in group['params']:
                 if names[p] in by_name:
                     saved['state'][number] = {entry: spread_like(t, p) for entry, t in by_name[names[p]].items()}
@@ -468,8 +473,9 @@ class Best(TrainerCallback):
             loss = metrics['eval_response_loss']
         if self.loss is None or loss < self.loss:
             if self.cfg.final == 'best':
-                trained = self.trainer.model.tail.trained().items()
-                trained = {k: gathered(p.detach()).cpu().contiguous() for k, p in trained}
+                trained = {}
+                for k, p in self.trainer.model.tail.trained().items():
+                    keep_whole(trained, k, p.detach())
                 write = partial(self.write, trained=trained)
                 first_does(write_checkpoint, best_folder(self.out, state.global_step), write)
             self.step, self.loss, self.waited = state.global_step, loss, 0

@@ -481,11 +481,18 @@ class WholeModel:
         s = file.stat()
         return s.st_size, s.st_mtime_ns, s.st_ino
 
-    def gather(self):
+    def gather(self,
+        everywhere:bool=True,  # False: in the first process alone
+    )->None:
         "Put together what trains, where it is spread over processes; all of them have to ask."
-        trained = self.tail.trained() if self.tail is not None else {}
-        if any(hasattr(p, 'full_tensor') for p in trained.values()):
-            self.trained = {name: nn.Parameter(gathered(p.detach()).cpu()) for name, p in trained.items()}
+        trained, found = self.tail.trained() if self.tail is not None else {}, {}
+        if not any(hasattr(p, 'full_tensor') for p in trained.values()):
+            return
+        for name, p in trained.items():
+            whole = gathered(p.detach())
+            if everywhere or is_first():
+                found[name] = nn.Parameter(whole.cpu())
+        self.trained = found
 
     def assemble(self):
         "Load the frozen part again, and put the trained parameters in their places."

@@ -7,10 +7,10 @@ __all__ = ['LOCK', 'NOT_BEGUN', 'TOKENIZERS', 'Run', 'train', 'check_out', 'make
            'check_share', 'untracked', 'started_again', 'read_and_pack', 'stream_report', 'pack_rows', 'largest_token',
            'check_fit', 'load_whole', 'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient',
            'measure_step', 'decide_states', 'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check',
-           'memory_report', 'config_alone', 'check_tokenizer', 'prepare_shape', 'agree', 'go_on', 'check_disk',
-           'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains', 'build_trainer',
-           'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line',
-           'finish']
+           'memory_report', 'config_alone', 'check_tokenizer', 'prepare_shape', 'agree', 'other_states', 'go_on',
+           'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains',
+           'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left',
+           'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -31,7 +31,7 @@ from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, expl
 from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
 from .data import Refused, as_dataset, check_near, find_rows, near_duplicates, shared_rows
 from .evaluate import load_rows
-from .files import read_config_file, write_whole
+from .files import read_config_file, read_json, write_whole
 from .layers import (Large, as_folder, large_model, save_by_shard, shards, spare_memory, state_kind,
                               states_by_layer, try_saving_about)
 from .manifest import Manifest, compare_manifests, make_manifest, states_name, versions
@@ -708,6 +708,17 @@ def agree(
                                      'give all machines the same files and versions'))
     run.report = everyone(run.report)[0]
 
+# %% ../nbs/16_run.ipynb #16-os1
+def other_states(
+    run,  # Run after `preflight`, with the folder of a run that goes on
+)->list:  # a line, or none
+    "Whether frozen layers' output was kept before and is not now, or the other way round; `auto` may find other room."
+    says = dict(off='off', memory='in memory', disk='on disk')
+    was, now = read_json(run.out/'preflight.json').get('prefix_cache'), run.report['prefix_cache']
+    if was is None or (was == 'off') == (now == 'off'):
+        return []
+    return [f'kept states were {says[was]} and are {says[now]}']
+
 # %% ../nbs/16_run.ipynb #16-067
 def go_on(
     run,  # Run with manifest and folder; gets resume_from
@@ -727,6 +738,8 @@ def go_on(
     if short:
         raise Refused(f'{out}/{short}: shorter than when {run.resume_from.name} was saved; put it back, '
                       'or start anew with another --out')
+    if run.resume_from:
+        found.note.extend(other_states(run))
     if found.note:
         lines.append(f'{"; ".join(found.note)}: the end may differ from that of a run without interruption')
     if run.resume_from:
@@ -745,10 +758,11 @@ def check_disk(
     need = trained if run.cfg.method == 'lora' else run.report['model_bytes']
     if run.large and run.cfg.method != 'lora':
         need = trained + sum(file.stat().st_size for file in shards(run.large.folder))
-    if run.cfg.save_every:
-        need += 3*trained*(run.cfg.keep + 1)
-    if run.cfg.final == 'best':
-        need += 2*trained
+    for folder, asked, takes in (('checkpoints', run.cfg.save_every, 3*trained*(run.cfg.keep + 1)),
+                                 ('best', run.cfg.final == 'best', 2*trained)):
+        if asked:
+            there = sum(p.stat().st_size for p in (run.out/folder).rglob('*') if p.is_file())  # old ones make room
+            need += max(0, takes - there)
     free = shutil.disk_usage(run.out).free
     if need > free:
         raise Refused(f'{run.out}: the result takes {gib(need)}, and {gib(free)} are free there; free some space, '
@@ -956,7 +970,7 @@ def save_result(
 
     try:
         take_best(run, tail)
-        run.whole.gather()
+        run.whole.gather(everywhere=False)
         first_does(write)
     except Exception as e:
         if not is_first():

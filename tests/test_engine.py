@@ -84,6 +84,23 @@ def test_no_room_for_the_result(here, tiny, rows, monkeypatch):
     assert not Path('run').exists()
 
 
+def test_room_that_a_resumed_run_has_already(begun, rows, tmp_path, monkeypatch):
+    "The checkpoints that are there are part of what a run takes, not more."
+    shutil.copytree(begun, tmp_path/'w')
+    monkeypatch.chdir(tmp_path/'w')
+    about = json.loads(Path('run/preflight.json').read_text())
+    there = sum(p.stat().st_size for p in Path('run/checkpoints').rglob('*') if p.is_file())
+    kw = dict(save_every=2, keep=2, resume=True)
+    need = about['model_bytes'] + 3*(3*4*about['trainable'])
+    usage = shutil.disk_usage('.')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=need - there - 1000))
+    with pytest.raises(Refused, match='the result takes .* are free there'):
+        train(run_config('./model', rows, 'run', **kw))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=need - there + 1000))
+    train(run_config('./model', rows, 'run', **kw))
+    assert Path('run/model/model.safetensors').exists()
+
+
 def test_model_changed_while_it_was_trained(here, tiny, rows, capfd):
     "The frozen layers come back from the model's files; if these changed, nobody trains on: the weights are kept."
     from transformers import TrainerCallback
@@ -323,7 +340,61 @@ def test_auto_turns_off(here, rows, tokenizer, capfd):
         train(run_config('./neo', rows, 'other', prefix_cache='memory'))
 
 
+def test_states_that_are_kept_no_more(here, tiny, rows, cache, monkeypatch, capfd):
+    "Where `auto` decides otherwise when a run goes on, the user is told; rounding may differ."
+    kw = dict(n_freeze=3, max_steps=None, epochs=3, prefix_cache='auto', save_every=20, keep=9)
+    assert train(run_config(tiny, rows, 'whole', **kw)).report['prefix_cache'] == 'memory'
+    shutil.rmtree('whole/model')
+    shutil.copytree('whole', 'run')
+    train(run_config(tiny, rows, 'whole', resume=True, **kw))
+    err = capfd.readouterr().err
+    assert 'going on from whole' in err and 'may differ' not in err
+    monkeypatch.setattr('alpaca_ft.prefix.room_for_states', lambda: dict(memory=0, disk=0))
+    train(run_config(tiny, rows, 'run', resume=True, **kw))
+    err = capfd.readouterr().err
+    assert 'kept states were in memory and are off: the end may differ from that of a run without inter' in err, err
+
+
 # what a head and an attention do
+
+def test_fast_ways_that_do_not_work(tmp_path, tiny, monkeypatch):
+    "Packages that are installed and cannot be imported: the next best way is taken, and the line says why."
+    from importlib.util import find_spec
+    from alpaca_ft import freeze, load_model
+    from alpaca_ft import speed
+    if find_spec('flash_attn') or find_spec('kernels'):
+        pytest.skip('transformers finds other ways to flash attention here')
+    (tmp_path/'liger_kernel').mkdir()
+    (tmp_path/'liger_kernel'/'__init__.py').write_text("raise ImportError('undefined symbol: of another version')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split('.')[0] == 'liger_kernel']:
+        monkeypatch.delitem(sys.modules, name)
+    model = freeze(load_model(str(tiny)), 2, frozen_dtype=torch.float32, verbose=False)
+    row = dict(input_ids=torch.randint(3, 97, (192,)).tolist(), completion_mask=[1]*192, seq_lengths=[120, 72])
+    found = {}
+    for best in (speed.Step(speed.FLASH, speed.linear_loss), speed.Step(speed.MASKED, speed.liger_linear_loss)):
+        monkeypatch.setattr(speed, 'candidates', lambda device, logits: best)  # as a GPU's, on this processor
+        step = speed.choose_step(model, [row], 1, 120)
+        found[step.attention.name, step.head.__name__] = step.says
+    assert list(found) == [('sdpa', 'linear_loss'), ('sdpa', 'torch_linear_loss')]
+    assert 'FlashAttention2' in found['sdpa', 'linear_loss'], found
+    assert 'undefined symbol: of another version' in found['sdpa', 'torch_linear_loss'], found
+
+
+def test_memory_that_ran_out_is_no_reason(tiny, monkeypatch):
+    "A way for which there is no memory is not one that a model cannot be computed in."
+    from alpaca_ft import freeze, load_model
+    from alpaca_ft import speed
+
+    def no_room(*args):
+        raise MemoryError
+    model = freeze(load_model(str(tiny)), 2, frozen_dtype=torch.float32, verbose=False)
+    row = dict(input_ids=torch.randint(3, 97, (192,)).tolist(), completion_mask=[1]*192, seq_lengths=[120, 72])
+    monkeypatch.setattr(speed, 'candidates', lambda device, logits: speed.Step(speed.BY_DOCUMENT, no_room))
+    with pytest.raises(MemoryError):
+        speed.choose_step(model, [row], 1, 120)
+
+
 
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 def test_softcap_keeps_the_plain_head(dtype, here, rows, tokenizer):

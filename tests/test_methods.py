@@ -373,6 +373,25 @@ def test_killed_and_resumed(method, cache, here, tied, rows):
         assert (Path('killed/model')/path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_resumed_with_as_many_matrices_as_vectors(here, rows, tokenizer):
+    "The optimizer's two groups, with weight decay and without, are of one length: seven and seven in a layer here."
+    torch.manual_seed(0)
+    transformers.StableLmForCausalLM(transformers.StableLmConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, use_qkv_bias=True, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1)).save_pretrained('stablelm')
+    tokenizer.save_pretrained('stablelm')
+    kw = dict(method='full', save_every=2, max_steps=4)
+    run = train(run_config('./stablelm', rows, 'whole', **kw))
+    assert len({len(group['params']) for group in run.trainer.optimizer.param_groups}) == 1
+    shutil.copytree('whole', 'again')
+    shutil.rmtree('again/model')
+    shutil.rmtree('again/checkpoints/step-4')
+    train(run_config('./stablelm', rows, 'again', resume=True, **kw))
+    assert losses('again') == losses('whole')
+    assert Path('again/model/model.safetensors').read_bytes() == Path('whole/model/model.safetensors').read_bytes()
+
+
 def test_rotate(here, tied, rows):
     "The optimizer knows of the head and of the layer at work alone; what is saved holds all layers."
     every = 2

@@ -226,6 +226,25 @@ def count_parts(number):
     register_optimizer_step_pre_hook(count)
 
 
+def count_kept(number):
+    "The same, and how many whole tensors a process holds when the best weights and the result are written."
+    import alpaca_ft.checkpoints as checkpoints
+    from alpaca_ft.prefix import WholeModel
+    count_parts(number)
+    write, gather = checkpoints.first_does, WholeModel.gather
+
+    def first_does(work, *args):
+        for arg in args:
+            if 'trained' in getattr(arg, 'keywords', {}):
+                Path(f'best{number}').write_text(str(len(arg.keywords['trained'])))
+        return write(work, *args)
+
+    def gathered(self, **kw):
+        gather(self, **kw)
+        Path(f'result{number}').write_text(str(len(self.trained or ())))
+    checkpoints.first_does, WholeModel.gather = first_does, gathered
+
+
 SPREAD = dict(plain=[], states=['--prefix-cache', 'disk', '--activation-checkpointing'],
               lora=['--method', 'lora', '--final', 'best'])  # name: options
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ('states', 'lora')]
@@ -236,8 +255,10 @@ def test_weights_spread(argv, name):
     "FSDP2: every weight that trains is in halves, and losses, answers and result are those of one process."
     more = SPREAD[name]
     good(*several.run(1, argv('one', *more)))
-    good(*several.run(2, argv('spread', *more), env=FSDP, before=count_parts))
+    good(*several.run(2, argv('spread', *more), env=FSDP, before=count_kept))
     parts, of, weights_ = Path('parts0').read_text().split()
+    for kept in ('result', 'best') if '--final' in more else ('result',):
+        assert (Path(f'{kept}0').read_text(), Path(f'{kept}1').read_text()) == (parts, '0'), kept
     assert parts == weights_ and int(parts) > 10 and Path('parts1').read_text() == Path('parts0').read_text()
     assert furthest('one', 'spread') < 1e-5 and samples('one') == samples('spread')
     if '--method' not in more:
