@@ -118,10 +118,14 @@ def shape_of(
     shape = Shape(pieces, {}, {}, stop)
     for i in [i for i, role in enumerate(roles) if role == 'assistant']:
         asked = render(tokenizer, turns[:i], ask=True, template=template)
-        shape.start[i] = len(os.path.commonprefix([asked, text])) - begins[i]
+        shared = len(os.path.commonprefix([asked, text]))
+        shape.start[i] = shared - begins[i]
         if not 0 <= shape.start[i] <= len(pieces[i]):
             raise Refused('the chat template writes earlier turns in another way before an answer; '
                           'give another --template')
+        if i == len(roles) - 1 and shared < len(asked):
+            raise Refused(f'the chat template asks with {asked[shared:]!r}, which it does not write before an answer, '
+                          'so no answer would be learnt behind it; give a --template that does')
         same = pieces[i + 1].startswith(pieces[-1][:end])
         shape.end[i] = end if same else end_of_turn(pieces[i + 1], specials)[0]
     return shape

@@ -10,6 +10,7 @@ import trl
 from transformers import AutoTokenizer
 
 from alpaca_ft import RunConfig, load_alpaca, train, use_template
+from alpaca_ft.data import Refused
 from alpaca_ft.sampling import before_after
 from alpaca_ft.prompts import end_ids, is_alpaca, row_prompt, tokenize
 from alpaca_ft.templates import DATE, DAY, ChatTemplate, render
@@ -19,8 +20,7 @@ STOCK = Path(trl.__file__).parent/'chat_templates'
 ENDS = dict(llama3=('<|eot_id|>',)*2, llama3_1=('<|eot_id|>',)*2, llama3_2=('<|eot_id|>',)*2,
             gemma=('<end_of_turn>',)*2,
             gemma3=('<end_of_turn>',)*2, qwen2_5=('<|im_end|>',)*2, qwen3=('<|im_end|>',)*2, phi3=('<|end|>',)*2,
-            cohere=('<|END_OF_TURN_TOKEN|>',)*2, gptoss=('<|end|>', '<|return|>'),
-            deepseekv3=('<｜end▁of▁sentence｜>',)*2)
+            cohere=('<|END_OF_TURN_TOKEN|>',)*2, gptoss=('<|end|>', '<|return|>'))
 BEFORE = dict(qwen3=('', '<think>\n\n</think>\n\n'), gptoss=('<|channel|>final<|message|>',)*2)  # what is learnt too
 CHAT = [dict(role='user', content='Name a fruit, please.'), dict(role='assistant', content='An apple - ünd more.'),
         dict(role='user', content='An apple - ünd more. Another?'), dict(role='assistant', content='A pear.')]
@@ -98,6 +98,15 @@ def test_prompt_is_the_beginning(name, demo):
                                                 dict(role='assistant', content='A pear.')])
     asked = tokenizer(row_prompt(row, tokenizer), add_special_tokens=False)['input_ids']
     assert ids[:mask.index(1)] == asked
+
+
+@pytest.mark.parametrize('name', ['deepseekv3', 'deepseek_r1_distill', 'nemotron_3_nano'])
+def test_prompt_that_no_answer_follows(name, demo):
+    "A template that asks with an open <think>, and writes answers without it, is refused."
+    if not (STOCK/f'{name}.jinja').exists():
+        pytest.skip(f'this TRL does not bring {name}.jinja')
+    with pytest.raises(Refused, match='asks with .*which it does not write before an answer'):
+        use_template(tokenizer_with(name, demo), 'chat')
 
 
 def write_chats(path, n=24):
