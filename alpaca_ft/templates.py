@@ -148,6 +148,7 @@ class ChatTemplate:
         raw.encode_special_tokens = False
         raw.no_truncation()
         raw.no_padding()
+        raw.post_processor = None  # some take the spaces out of the places of tokens
         return raw
 
     def shape(self, roles):
@@ -189,11 +190,12 @@ class ChatTemplate:
         "Token ids of a conversation, and which of them are learnt (1)."
         text, spans = self.spans(turns)
         encoded = self.raw.encode(text, add_special_tokens=False)
-        mask = [0]*len(encoded.ids)
-        for i, (start, end) in enumerate(encoded.offsets):
-            for first, last in spans:
-                if first <= start < last and end > start:
-                    mask[i] = 1
+        learnt = [0]*len(text)  # of each character
+        for first, last in spans:
+            learnt[first:last] = [1]*(last - first)
+        mask = []
+        for start, end in encoded.offsets:
+            mask.append(learnt[start] if end > start else 0)
         return encoded.ids, mask
 
     def ask(self, turns):

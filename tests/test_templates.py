@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import several
 import trl
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from alpaca_ft import RunConfig, load_alpaca, train, use_template
@@ -107,6 +108,24 @@ def test_prompt_that_no_answer_follows(name, demo):
         pytest.skip(f'this TRL does not bring {name}.jinja')
     with pytest.raises(Refused, match='asks with .*which it does not write before an answer'):
         use_template(tokenizer_with(name, demo), 'chat')
+
+
+@pytest.mark.parametrize('processor', [processors.ByteLevel(trim_offsets=True), processors.Sequence([
+    processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing('<|im_start|> $A', special_tokens=[
+        ('<|im_start|>', 1)])])], ids=['alone', 'with another'])
+def test_indentation_is_learnt(processor, demo):
+    "Spaces of an answer too, where the tokenizer's post-processor takes them out of the places of tokens."
+    tokenizer = tokenizer_with('qwen2_5', demo)
+    tokenizer.backend_tokenizer.post_processor = processor
+    use_template(tokenizer, 'chat')
+    code = 'def f(x):\n    if x:\n            return 1\n\n    return  2   # ünd'
+    chat = [*CHAT[:3], dict(role='assistant', content=code)]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    ids, mask = ChatTemplate(tokenizer).tokens(chat)
+    assert ids == tokenizer(text, add_special_tokens=False)['input_ids']
+    assert any(not tokenizer.decode(i).strip(' ') for i in ids)  # tokens of nothing but spaces
+    learnt = [CHAT[1]['content'] + '<|im_end|>', code + '<|im_end|>']
+    assert mask == slow_mask(text, ids, tokenizer, learnt)
 
 
 def write_chats(path, n=24):
