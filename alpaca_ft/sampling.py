@@ -28,8 +28,10 @@ def as_found(
     model,  # causal language model
     tokenizer,  # its tokenizer
 ):
-    "Eval mode, left padding, cache on, no gradients and a forked random state inside; everything as it was afterwards."
+    "Eval mode, left padding, cache on, no gradients, random state forked, own settings aside; afterwards as before."
     training, side, cache = model.training, tokenizer.padding_side, model.config.use_cache
+    # of the model itself, or of the one that peft has wrapped
+    own = {m: m.generation_config for m in model.modules() if vars(m).get('generation_config') is not None}
     kind = model.device.type
     devices = [] if kind in ('cpu', 'mps', 'meta') else [model.device]
     # the CPU's state is always forked; with no devices listed the type is not used
@@ -37,11 +39,15 @@ def as_found(
     try:
         model.eval()
         tokenizer.padding_side, model.config.use_cache = 'left', True
+        for m in own:
+            m.generation_config = GenerationConfig()
         with fork, torch.no_grad():
             yield
     finally:
         model.train(training)
         tokenizer.padding_side, model.config.use_cache = side, cache
+        for m, config in own.items():
+            m.generation_config = config
         if getattr(tokenizer, 'is_fast', False):  # a padded call leaves a setting that would be saved with the model
             tokenizer.backend_tokenizer.no_padding()
 
