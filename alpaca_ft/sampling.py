@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_found', 'generation_config', 'answer_batch', 'generate_all', 'generate', 'fit_prompt', 'fit_chat', 'prompt_room',
-           'printable', 'visible', 'text_pieces', 'row_documents', 'in_colour', 'show_row', 'LLMSampleCB', 'asked_of',
-           'before_after']
+           'printable', 'visible', 'text_pieces', 'row_documents', 'in_colour', 'show_row', 'table_rows', 'LLMSampleCB',
+           'asked_of', 'before_after']
 
 # %% ../nbs/06_sampling.ipynb #05-003
 import os
@@ -28,8 +28,10 @@ def as_found(
     model,  # causal language model
     tokenizer,  # its tokenizer
 ):
-    "Eval mode, left padding, cache on, no gradients and a forked random state inside; everything as it was afterwards."
+    "Eval mode, left padding, cache on, no gradients, random state forked, own settings aside; afterwards as before."
     training, side, cache = model.training, tokenizer.padding_side, model.config.use_cache
+    # of the model itself, or of the one that peft has wrapped
+    own = {m: m.generation_config for m in model.modules() if vars(m).get('generation_config') is not None}
     kind = model.device.type
     devices = [] if kind in ('cpu', 'mps', 'meta') else [model.device]
     # the CPU's state is always forked; with no devices listed the type is not used
@@ -37,11 +39,15 @@ def as_found(
     try:
         model.eval()
         tokenizer.padding_side, model.config.use_cache = 'left', True
+        for m in own:
+            m.generation_config = GenerationConfig()
         with fork, torch.no_grad():
             yield
     finally:
         model.train(training)
         tokenizer.padding_side, model.config.use_cache = side, cache
+        for m, config in own.items():
+            m.generation_config = config
         if getattr(tokenizer, 'is_fast', False):  # a padded call leaves a setting that would be saved with the model
             tokenizer.backend_tokenizer.no_padding()
 
@@ -255,6 +261,16 @@ def show_row(
         lines.append(''.join(marks[learnt].format(text) for learnt, text in d['pieces']))
     return '\n'.join(lines)
 
+# %% ../nbs/06_sampling.ipynb #06-tr2
+def table_rows(
+    rows:list,  # dicts with a step, evaluation after evaluation
+    last:int=20,  # evaluations, besides the first one
+)->list:  # some of them
+    "The rows that a tracker's table shows: those of the first evaluation and of the last ones."
+    steps = list(dict.fromkeys(row['step'] for row in rows))
+    shown = {*steps[:1], *steps[-last:]}
+    return [row for row in rows if row['step'] in shown]
+
 # %% ../nbs/06_sampling.ipynb #05-037
 class LLMSampleCB(TrainerCallback):
     "Sample the evaluation prompts before training and at each evaluation; to a file, the terminal and W&B."
@@ -335,13 +351,13 @@ class LLMSampleCB(TrainerCallback):
     def log_wandb(self,
         step:int,  # of the trainer
     ):
-        "A fresh table of all rows so far to the active W&B run, if there is one; a tracker's failure never ends a run."
+        "A fresh table to the active W&B run, if there is one, see `table_rows`; a tracker's failure never ends a run."
         wandb = sys.modules.get('wandb')
         if wandb is None or getattr(wandb, 'run', None) is None:
             return
         config = self.gen_config.to_dict()
         table = wandb.Table(columns=['step', 'prompt', 'generation', 'reference', *config])
-        for r in self.rows:
+        for r in table_rows(self.rows):
             table.add_data(r['step'], r['prompt'], r['generation'], r['reference'], *map(str, config.values()))
         try:
             wandb.log({'sample_predictions': table, 'train/global_step': step})

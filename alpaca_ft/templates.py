@@ -118,10 +118,14 @@ def shape_of(
     shape = Shape(pieces, {}, {}, stop)
     for i in [i for i, role in enumerate(roles) if role == 'assistant']:
         asked = render(tokenizer, turns[:i], ask=True, template=template)
-        shape.start[i] = len(os.path.commonprefix([asked, text])) - begins[i]
+        shared = len(os.path.commonprefix([asked, text]))
+        shape.start[i] = shared - begins[i]
         if not 0 <= shape.start[i] <= len(pieces[i]):
             raise Refused('the chat template writes earlier turns in another way before an answer; '
                           'give another --template')
+        if i == len(roles) - 1 and shared < len(asked):
+            raise Refused(f'the chat template asks with {asked[shared:]!r}, which it does not write before an answer, '
+                          'so no answer would be learnt behind it; give a --template that does')
         same = pieces[i + 1].startswith(pieces[-1][:end])
         shape.end[i] = end if same else end_of_turn(pieces[i + 1], specials)[0]
     return shape
@@ -144,6 +148,7 @@ class ChatTemplate:
         raw.encode_special_tokens = False
         raw.no_truncation()
         raw.no_padding()
+        raw.post_processor = None  # some take the spaces out of the places of tokens
         return raw
 
     def shape(self, roles):
@@ -185,11 +190,12 @@ class ChatTemplate:
         "Token ids of a conversation, and which of them are learnt (1)."
         text, spans = self.spans(turns)
         encoded = self.raw.encode(text, add_special_tokens=False)
-        mask = [0]*len(encoded.ids)
-        for i, (start, end) in enumerate(encoded.offsets):
-            for first, last in spans:
-                if first <= start < last and end > start:
-                    mask[i] = 1
+        learnt = [0]*len(text)  # of each character
+        for first, last in spans:
+            learnt[first:last] = [1]*(last - first)
+        mask = []
+        for start, end in encoded.offsets:
+            mask.append(learnt[start] if end > start else 0)
         return encoded.ids, mask
 
     def ask(self, turns):

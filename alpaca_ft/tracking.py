@@ -25,6 +25,7 @@ from .data import Refused, _artifact, load_alpaca, split_alpaca, write_jsonl
 from .files import read_json, read_jsonl
 from .formats import file_row, parse_columns
 from .options import RunConfig
+from .sampling import table_rows
 
 # %% ../nbs/13_tracking.ipynb #13-006
 def has_key(
@@ -178,7 +179,7 @@ class TrackioCB(TrainerCallback):
         import trackio
         keys, rows = ['step', 'prompt', 'generation', 'reference'], []
         try:
-            for r in read_jsonl(self.samples):
+            for r in table_rows(read_jsonl(self.samples)):
                 rows.append([r[k] for k in keys])
         except Exception as e:  # a damaged file
             print(f'Trackio: the samples of step {state.global_step} were not logged ({e})', file=sys.stderr)

@@ -174,6 +174,7 @@ OPTIONS = {  # name: (arguments, a part of the message)
     'no such template': (['--template', 'mine.jinja'], 'mine.jinja cannot be read'),
     'broken template': (['--template', 'broken.jinja'], 'the chat template does not take turns'),
     'template without an end': (['--template', 'endless.jinja'], 'ends an answer without a special token'),
+    'template that asks with more': (['--template', 'thinks.jinja'], "asks with '<think>', which it does not write"),
     'template that drops the question': (['--template', 'deaf.jinja'], "leaves out or repeats the user's turn"),
     'no chat template': (['--template', 'chat'], 'has no chat template'),
     'columns without a name': (['--columns', 'question'], 'write it as instruction=question'),
@@ -213,6 +214,7 @@ def test_options(name, here, tiny, rows, command):
         broken='{% for m in',
         endless='{% for m in messages %}{{ m.content }}{% endfor %}',
         deaf='{{ messages[-1].content }}</s>',
+        thinks='{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}',
     ).items():
         (here/f'{f}.jinja').write_text(text)
     before = sorted(here.rglob('*'))

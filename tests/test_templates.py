@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import several
 import trl
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from alpaca_ft import Refused, RunConfig, load_alpaca, train, use_template
@@ -20,8 +21,7 @@ STOCK = Path(trl.__file__).parent/'chat_templates'
 ENDS = dict(llama3=('<|eot_id|>',)*2, llama3_1=('<|eot_id|>',)*2, llama3_2=('<|eot_id|>',)*2,
             gemma=('<end_of_turn>',)*2,
             gemma3=('<end_of_turn>',)*2, qwen2_5=('<|im_end|>',)*2, qwen3=('<|im_end|>',)*2, phi3=('<|end|>',)*2,
-            cohere=('<|END_OF_TURN_TOKEN|>',)*2, gptoss=('<|end|>', '<|return|>'),
-            deepseekv3=('<｜end▁of▁sentence｜>',)*2)
+            cohere=('<|END_OF_TURN_TOKEN|>',)*2, gptoss=('<|end|>', '<|return|>'))
 BEFORE = dict(qwen3=('', '<think>\n\n</think>\n\n'), gptoss=('<|channel|>final<|message|>',)*2)  # what is learnt too
 CHAT = [dict(role='user', content='Name a fruit, please.'), dict(role='assistant', content='An apple - ünd more.'),
         dict(role='user', content='An apple - ünd more. Another?'), dict(role='assistant', content='A pear.')]
@@ -107,6 +107,33 @@ def test_no_eos(tokenizer):
     tokenizer.eos_token, tokenizer.chat_template = None, '{{ messages[0].content }}'
     with pytest.raises(Refused, match='no EOS token'):
         use_template(tokenizer, 'chat')
+
+
+@pytest.mark.parametrize('name', ['deepseekv3', 'deepseek_r1_distill', 'nemotron_3_nano'])
+def test_prompt_that_no_answer_follows(name, demo):
+    "A template that asks with an open <think>, and writes answers without it, is refused."
+    if not (STOCK/f'{name}.jinja').exists():
+        pytest.skip(f'this TRL does not bring {name}.jinja')
+    with pytest.raises(Refused, match='asks with .*which it does not write before an answer'):
+        use_template(tokenizer_with(name, demo), 'chat')
+
+
+@pytest.mark.parametrize('processor', [processors.ByteLevel(trim_offsets=True), processors.Sequence([
+    processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing('<|im_start|> $A', special_tokens=[
+        ('<|im_start|>', 1)])])], ids=['alone', 'with another'])
+def test_indentation_is_learnt(processor, demo):
+    "Spaces of an answer too, where the tokenizer's post-processor takes them out of the places of tokens."
+    tokenizer = tokenizer_with('qwen2_5', demo)
+    tokenizer.backend_tokenizer.post_processor = processor
+    use_template(tokenizer, 'chat')
+    code = 'def f(x):\n    if x:\n            return 1\n\n    return  2   # ünd'
+    chat = [*CHAT[:3], dict(role='assistant', content=code)]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    ids, mask = ChatTemplate(tokenizer).tokens(chat)
+    assert ids == tokenizer(text, add_special_tokens=False)['input_ids']
+    assert any(not tokenizer.decode(i).strip(' ') for i in ids)  # tokens of nothing but spaces
+    learnt = [CHAT[1]['content'] + '<|im_end|>', code + '<|im_end|>']
+    assert mask == slow_mask(text, ids, tokenizer, learnt)
 
 
 def write_chats(path, n=24):

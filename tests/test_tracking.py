@@ -226,6 +226,31 @@ def test_trackio_with_damaged_samples(tmp_path, monkeypatch, capsys):
         assert err.startswith('Trackio: the samples of step 2 were not logged (') and len(err.splitlines()) == 1, err
 
 
+def test_tables_of_a_long_run(tokenizer, rows, tmp_path, monkeypatch):
+    "They hold the first evaluation and the last twenty, so that a run does not send all its rows at each one."
+    import wandb
+    from types import SimpleNamespace as NS
+    from transformers import GenerationConfig
+    from alpaca_ft.sampling import LLMSampleCB
+    from alpaca_ft.tracking import TrackioCB
+    made = [dict(step=step, prompt=f'p{i}', generation=f'{step}', reference='r') for step in range(0, 100, 2)
+            for i in range(3)]
+    shown = [(r['step'], r['prompt'], r['generation']) for r in made if r['step'] in (0, *range(60, 100, 2))]
+    assert len(shown) == 3*21
+    cb = LLMSampleCB(NS(model=None, processing_class=tokenizer), load_alpaca(rows)['train'], 3)
+    cb.rows, cb.gen_config = list(made), GenerationConfig()
+    with wandb.init(mode='offline', dir=str(tmp_path)):
+        cb.log_wandb(98)
+    table, = tmp_path.glob('wandb/offline-run-*/files/media/table/*.json')
+    assert [tuple(row[:3]) for row in json.loads(table.read_text())['data']] == shown
+    assert cb.rows == made and cb.sample(2) == []  # what was sampled is known all the same
+    sent = []
+    monkeypatch.setitem(sys.modules, 'trackio', NS(log=lambda values, step: sent.append(values), Table=dict))
+    (tmp_path/'samples.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in made))
+    TrackioCB(tmp_path/'samples.jsonl').on_evaluate(None, NS(global_step=98, is_world_process_zero=True), None)
+    assert [tuple(row[:3]) for row in sent[0]['sample_predictions']['data']] == shown
+
+
 def test_model_with_a_damaged_evaluation(tiny, rows, tmp_path, capfd):
     "The training has ended by then: the model stays, and the artifact is not logged."
     from transformers import TrainerCallback

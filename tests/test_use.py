@@ -472,3 +472,30 @@ def test_room_for_the_answer(tokenizer, here, command):
     code, out, err = command(*words, '--max-new-tokens', 150, '--out', 'none')
     assert code == 2 and err.splitlines()[-1].startswith('alpaca_ft: 10 tokens have no room for the prompt'), err
     assert len(err.splitlines()) == 1 and not os.path.exists('none'), err
+
+
+@pytest.mark.parametrize('wrapped', [False, True], ids=['plain', 'in a PeftModel'])
+def test_settings_of_the_model_are_not_used(tiny, wrapped):
+    "Nothing but its end tokens is taken from a model's own generation config, which is as it was afterwards."
+    from transformers import GenerationConfig
+    from alpaca_ft import generate_all, load_model, load_tokenizer
+    from alpaca_ft.use import generation_config, stream_answer
+    model, tokenizer = load_model(str(tiny), dtype=torch.float32), load_tokenizer(str(tiny))
+    inner = model
+    if wrapped:
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(target_modules=['q_proj'], task_type='CAUSAL_LM'))
+    prompts = ['Name a fruit.', 'What is one plus one?']
+
+    def answers():
+        settings = generation_config(model, tokenizer, 12)
+        assert 5 in settings.eos_token_id
+        return generate_all(prompts, model, tokenizer, 12), stream_answer([3, 4, 5], model, tokenizer, settings)
+    inner.generation_config.eos_token_id = [1, 5]
+    plain = answers()
+    said = tokenizer(plain[0][0]['text'])['input_ids']
+    for more in (dict(repetition_penalty=9.), dict(num_beams=3), dict(suppress_tokens=said[:1])):
+        inner.generation_config = own = GenerationConfig(eos_token_id=[1, 5], **more)
+        before = own.to_dict()
+        assert answers() == plain, more
+        assert inner.generation_config is model.generation_config is own and own.to_dict() == before
