@@ -26,7 +26,7 @@ train: setup
 test: dev
 	$(BIN)/python -c "from alpaca_ft.model import demo_model; demo_model()"
 	cd nbs && OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
