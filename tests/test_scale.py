@@ -316,7 +316,7 @@ def test_one_process_fails(argv, tiny):
             import alpaca_ft.run
             from alpaca_ft import Refused
 
-            def no(cfg):
+            def no(*args):
                 raise Refused('this machine has no such rows')
             alpaca_ft.run.load_rows = no
     codes, logs = several.run(2, argv('no'), before=other_files)
