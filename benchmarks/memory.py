@@ -44,22 +44,29 @@ CASES = [
 ]
 
 
+def small_tokenizer(rows, size=600):
+    "A tokenizer that was trained on the prompts of rows."
+    import transformers
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from alpaca_ft import create_prompt
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    how = trainers.BpeTrainer(vocab_size=size, special_tokens=['<s>', '</s>'], initial_alphabet=letters,
+                              show_progress=False)
+    bpe.train_from_iterator([create_prompt(r) for r in rows], how)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token='<s>', eos_token='</s>',
+                                                pad_token='</s>')
+
+
 def make_parts(folder, models=MODELS):
     "Models of random weights with a small tokenizer, and rows."
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers.models import BPE
-    from alpaca_ft import create_prompt, load_alpaca, write_jsonl
+    from alpaca_ft import load_alpaca, write_jsonl
     rows = load_alpaca()['train']
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    how = trainers.BpeTrainer(vocab_size=600, special_tokens=['<s>', '</s>'], initial_alphabet=letters,
-                              show_progress=False)
-    bpe.train_from_iterator([create_prompt(r) for r in rows], how)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token='<s>', eos_token='</s>',
-                                                     pad_token='</s>')
+    tokenizer = small_tokenizer(rows)
     for name, (kind, config) in models.items():
         torch.manual_seed(0)
         config = getattr(transformers, kind)(**config, **COMMON)

@@ -76,6 +76,22 @@ def test_quoted():
         assert '{} to {}'.format(*ranges[line]) in front, line
 
 
+def test_memory_is_quoted():
+    "The table of appendix A5 is that of the result beside it."
+    text = (root/'nbs'/'a5_memory.ipynb').read_text(encoding='utf-8')
+    results = json.loads((root/'benchmarks'/'results'/'2026-11-27-memory.json').read_text())['results']
+    lines = {}
+    for r in results:
+        if r['malloc'] == 'given-back':
+            sign = '\N{MINUS SIGN}' if r['off'] < 0 else '+'
+            sizes = f"{r['predicted']/2**20:,.0f} / {r['measured']/2**20:,.0f}"
+            lines.setdefault((r['model'], r['settings']), []).append(f"{sizes} ({sign}{abs(r['off']):.1%})")
+    assert len(lines) == 8
+    for (model, settings), cells in lines.items():
+        line = ' | '.join([f'| {model}', settings, *cells]).replace('%)', ' %)')
+        assert line + ' |' in text, line
+
+
 def test_make_train_is_quoted():
     "The front page's table is that of the result beside it, and so are the answers in the picture."
     from alpaca_ft.evaluate import comparison_lines
