@@ -92,6 +92,24 @@ def test_memory_is_quoted():
         assert line + ' |' in text, line
 
 
+def test_the_large_model_is_quoted():
+    "What A5 and the front page say of the model in Llama-2-7B's shape."
+    found = json.loads((root/'benchmarks'/'results'/'2026-11-27-7b.json').read_text())
+    text = (root/'nbs'/'a5_memory.ipynb').read_text(encoding='utf-8')
+    front = (root/'README.md').read_text(encoding='utf-8')
+    for r in found.values():
+        counted, peak, losses = r['counted_gib'], r['peak_mib']/1024, r['held_out']
+        rows = int(dict(flag[2:].split('=') for flag in r['flags'])['batch-size'])
+        seconds = [s/rows for s in r['seconds_a_step']]
+        line = (f'| {counted:.1f} GiB | {peak:.1f} GiB | {min(seconds):.0f} to {max(seconds):.0f} | '
+                f'{losses[0]:.2f} \N{RIGHTWARDS ARROW} {losses[-1]:.2f} |')
+        assert line in text, line
+        assert f'{counted:.1f} GiB; {peak:.1f} GiB measured' in front
+        assert losses == sorted(losses, reverse=True)
+    moved = found['weights in bf16, adafactor']
+    assert (moved['tensors_same'], moved['tensors_moved']) == (218 + 16, 57)
+
+
 def test_make_train_is_quoted():
     "The front page's table is that of the result beside it, and so are the answers in the picture."
     from alpaca_ft.evaluate import comparison_lines
