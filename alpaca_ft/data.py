@@ -125,7 +125,7 @@ def _parquet_rows(
 def _first_line(
     error:Exception,  # from another library
 )->str:  # what it says, short
-    "The first line of an error's message, or its type where it has none."
+    "The first line of an error's message, or its type if it has none."
     said = str(error).strip().splitlines()
     return said[0][:160] if said else type(error).__name__
 
@@ -204,7 +204,7 @@ def row_problem(
 # %% ../nbs/01_data.ipynb #01-033
 def one_row(
     raw,  # an object read from a file
-    columns:dict=None,  # the file's names for instruction, input, output or messages, where they are others
+    columns:dict=None,  # the file's names for instruction, input, output or messages, if they differ
     check=None,  # function of a good row that says what else is wrong with it, or None
 )->tuple:  # (dict of instruction, input, output and perhaps messages; what is wrong with it, or None)
     "One row in our columns, checked."
@@ -221,7 +221,7 @@ def checked(
     where,  # the file's name, for messages
     skip_bad:bool=False,  # leave bad rows out instead of refusing
     bad:list=None,  # collects a line for each row left out
-    columns:dict=None,  # the file's names for instruction, input, output or messages, where they are others
+    columns:dict=None,  # the file's names for instruction, input, output or messages, if they differ
     check=None,  # see `one_row`
 ):  # dicts of instruction, input, output (and messages, for a chat of several turns), one at a time
     "The good rows as text columns; refused at the end with the first bad one and the count of all."
@@ -275,7 +275,7 @@ _split_words = dict(
 def _split_of(
     path:Path,  # of a file, within the folder that is loaded
 )->str:  # `train`, `test` or `validation`
-    "The split of a file by the words of its name, or else of its subfolders' names; `train` if none of them tells."
+    "The split of a file by the words of its name, or else of the folders around it; `train` if none of them tells."
     for name in reversed(path.parts):
         words = set(re.split('[-._ 0-9]+', name.lower()))
         found = [split for split, known in _split_words.items() if known & words]
@@ -387,7 +387,7 @@ _hub = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
 def find_rows(
     source:str='builtin',  # `builtin`, `demo`, a file, a folder of files, a W&B artifact, or a hub id
 )->Path|None:  # a file or a folder; None: a data set on the hub
-    "Where the rows of a source are; raises `Refused` where it can be none."
+    "Where the rows of a source are; raises `Refused` if it can be none."
     source = str(source)
     path = dict(builtin=BUILTIN, demo=DEMO).get(source, Path(source))
     if not path.exists() and ARTIFACT.match(source):
@@ -406,7 +406,7 @@ def load_alpaca(
     bad:list=None,  # collects a line for each row left out
     columns:dict=None,  # the file's names for instruction, input, output or messages, see `parse_columns`
     check=None,  # see `one_row`
-):  # DatasetDict with `train`, and `test` where the source has one; columns instruction, input, output
+):  # DatasetDict with `train`, and `test` if the source has one; columns instruction, input, output
     "Load and check Alpaca rows; raises `Refused` with file and row number."
     from datasets import DatasetDict
     path = find_rows(source)
@@ -420,7 +420,7 @@ def load_alpaca(
 def split_alpaca(
     ds,  # Dataset
     seed:int=42,  # of the shuffle
-    n_eval:int=None,  # rows for evaluation; None: 1000, or a tenth where there are fewer than 10,000 rows
+    n_eval:int=None,  # rows for evaluation; None: 1000, or a tenth if there are fewer than 10,000 rows
 ):  # DatasetDict with `train` and `test`
     "Shuffle and keep the last rows for evaluation, as the previous article does."
     from datasets import DatasetDict
@@ -450,11 +450,7 @@ def shared_rows(
     test,  # the same
 )->int:  # rows of `test` that are in `train`, letter for letter
     "How many evaluation rows were trained on."
-    held_out = set(_texts(test))
-    shared = set()  # held-out rows that are training rows too
-    for row in _texts(train):
-        if row in held_out:
-            shared.add(row)
+    shared = set(_texts(test)).intersection(_texts(train))  # takes the training rows one at a time
     return sum(row in shared for row in _texts(test))
 
 # %% ../nbs/01_data.ipynb #01-nd3
@@ -483,7 +479,7 @@ def similarity(
 def check_near(
     threshold:float,  # the option `near_duplicates`; None: nothing is counted
 )->None:
-    "Refuse to count near-duplicates where the library for it is missing."
+    "Refuse to count near-duplicates if the library for it is missing."
     if threshold is not None and not find_spec('datasketch'):
         raise Refused("near_duplicates needs datasketch, which is not installed; pip install datasketch, "
                       'or leave the option out')
@@ -625,7 +621,7 @@ def _on_disk(
 def fetch_artifact(
     name:str,  # `entity/project/name:alias`, as in the article: `capecape/alpaca_ft/alpaca_gpt4_splitted:latest`
 )->Path:  # the folder it was downloaded to and verified in
-    "Download a W&B artifact and verify every file of it; through the active run where there is one."
+    "Download a W&B artifact and verify every file of it; through the active run if there is one."
     import wandb
     try:
         if wandb.run is not None and not wandb.run.offline:
@@ -671,7 +667,7 @@ def _load_hub(
     columns:dict=None,  # see `checked`
     check=None,  # see `checked`
 ):  # DatasetDict with `train`, `test`, or both
-    "A data set from the hub; refused in one line where it cannot be had."
+    "A data set from the hub; refused in one line if it cannot be had."
     from datasets import DatasetDict, load_dataset
     try:
         splits = load_dataset(name)
