@@ -10,6 +10,7 @@ __all__ = ['MARK', 'prompt_no_input', 'prompt_input', 'create_prompt', 'create_p
 
 # %% ../nbs/02_prompts.ipynb #02-002
 import json
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
@@ -82,6 +83,26 @@ def check_tokenizer(
         raise Refused(f'{type(tokenizer).__name__}: a tokenizer without tokenizer.json does not say where a response '
                       'begins; convert it to a fast one, or use another model')
 
+# %% ../nbs/02_prompts.ipynb #5b964b93
+def _schema():
+    "The two columns of tokenized rows."
+    import pyarrow as pa
+    return pa.schema([('input_ids', pa.list_(pa.int32())), ('completion_mask', pa.list_(pa.int8()))])
+
+def _in_order(
+    pool,  # ThreadPoolExecutor
+    work,  # function of an item
+    items,  # what it is called with
+):  # its results, in the order of the items
+    "`pool.map` with three items under way; `pool.map` itself would start on all of them and keep the results."
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > 2:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
 # %% ../nbs/02_prompts.ipynb #02-036
 def tokenize(
     ds,  # Dataset with instruction, input and output
@@ -89,16 +110,13 @@ def tokenize(
     batch_rows:int=1000,  # rows tokenized at once
 ):  # Dataset with input_ids and completion_mask (1 on the response and its EOS), both lists of int
     "Write the prompts and tokenize them; every example ends with exactly one EOS, which counts as response."
-    import pyarrow as pa
     from tokenizers import Tokenizer
     check_tokenizer(tokenizer)
-    schema = pa.schema([('input_ids', pa.list_(pa.int32())), ('completion_mask', pa.list_(pa.int8()))])
     raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: threads share it, and nobody else
     raw.encode_special_tokens = True
     raw.no_truncation()
     raw.no_padding()
     n_bytes, eos = byte_lengths(tokenizer), tokenizer.eos_token_id
-
     template = chat_template(tokenizer) if has_chats(ds, tokenizer) else None
 
     def batch_at(start):
@@ -107,8 +125,8 @@ def tokenize(
             return chat_batch(batch, tokenizer, template, raw, n_bytes)
         return tokenize_batch(batch, raw, n_bytes, eos)
 
-    with ThreadPoolExecutor(2) as pool:  # Python is at one batch while the tokenizer's own threads are at the next
-        return spool(pool.map(batch_at, range(0, len(ds), batch_rows)), schema)
+    with ThreadPoolExecutor(2) as pool:  # Python works on one batch while the tokenizer's threads work on the next
+        return spool(_in_order(pool, batch_at, range(0, len(ds), batch_rows)), _schema())
 
 # %% ../nbs/02_prompts.ipynb #02-046
 def prompt_ids(
@@ -129,7 +147,7 @@ def alpaca_chat_template(
     tokenizer,  # whether it starts every text with BOS decides whether the template does
     system:bool=True,  # a system message is the input of the next question; False: it is an error
 )->str:  # Jinja, for `tokenizer.chat_template`
-    "The Alpaca prompts as a chat template; token ids are those of training, where texts hold no special token."
+    "The Alpaca prompts as a chat template; token ids are those of training if texts hold no special token."
     # \0 stands for instruction and input, so splitting at it gives the fixed pieces of the prompts
     before, end = map(json.dumps, prompt_no_input(dict(instruction='\0')).split('\0'))
     before_both, between, _ = map(json.dumps, prompt_input(dict(instruction='\0', input='\0')).split('\0'))
@@ -147,13 +165,13 @@ def alpaca_chat_template(
         '{% endif %}{% endfor %}'])
 
 # %% ../nbs/02_prompts.ipynb #02-ct1
-MARK = 'alpaca_ft_template'  # in tokenizer_config.json: `chat` where a chat template was trained with
+MARK = 'alpaca_ft_template'  # in tokenizer_config.json: `chat` if the model was trained with a chat template
 
 def use_template(
     tokenizer,  # of the model, changed in place
     template:str='alpaca',  # `alpaca`, `chat` (the tokenizer's own) or a file of Jinja
 )->None:
-    "Settle the template that rows go through; raises `Refused` where it cannot serve."
+    "Settle the template that rows go through; raises `Refused` if it cannot serve."
     tokenizer.init_kwargs.pop(MARK, None)
     if template == 'alpaca':
         return
@@ -200,7 +218,7 @@ def chat_template(
 
 # %% ../nbs/02_prompts.ipynb #02-ct3
 def turns_of(
-    row,  # dict with instruction, input, output, and messages where it is a chat of several turns
+    row,  # dict with instruction, input, output, and messages if it is a chat of several turns
 )->list:  # dicts of role and content
     "A row as a conversation, its answer the last turn."
     if row.get('messages'):
@@ -210,7 +228,7 @@ def turns_of(
 
 # %% ../nbs/02_prompts.ipynb #02-ct3-s1
 def row_prompt(
-    row,  # dict with instruction, input, and messages where it is a chat of several turns
+    row,  # dict with instruction, input, and messages if it is a chat of several turns
     tokenizer,  # knows the template
 )->str:  # the text that the row's (last) answer follows
     "The prompt of a row, in the template that the model was trained with."
@@ -234,9 +252,8 @@ def chat_batch(
     raw,  # `tokenizers.Tokenizer`, for rows in Alpaca's prompts
     n_bytes,  # see `byte_lengths`
 ):  # pyarrow RecordBatch
-    "A batch of rows as tokens, each through the chat template where it needs one."
+    "A batch of rows as tokens, each through the chat template if it needs one."
     import pyarrow as pa
-    schema = pa.schema([('input_ids', pa.list_(pa.int32())), ('completion_mask', pa.list_(pa.int8()))])
     columns, done = list(batch), []
     for values in zip(*batch.values()):
         row = dict(zip(columns, values))
@@ -246,7 +263,7 @@ def chat_batch(
             continue
         ids, mask = template.tokens(turns_of(row))
         done.append(dict(input_ids=ids, completion_mask=mask))
-    return pa.RecordBatch.from_pylist(done, schema)
+    return pa.RecordBatch.from_pylist(done, _schema())
 
 # %% ../nbs/02_prompts.ipynb #02-ctf
 def end_ids(
@@ -270,7 +287,7 @@ def largest_id(
 
 # %% ../nbs/02_prompts.ipynb #02-rc2
 class RowCheck:
-    "Says of a row why a model's template does not take it, as `check` of `load_alpaca`."
+    "Says why a model's template cannot take a row, as `check` of `load_alpaca`."
     def __init__(self,
         tokenizer,  # knows the template; None: every row is fine
     ):
@@ -295,7 +312,7 @@ class RowCheck:
 # %% ../nbs/02_prompts.ipynb #02-061
 def byte_lengths(
     tokenizer,  # fast tokenizer
-):  # numpy array: bytes of each token id; None where tokens are not bytes
+):  # numpy array: bytes of each token id; None if tokens are not bytes
     "How many bytes of text each token of a byte-level tokenizer stands for."
     import numpy as np
     from tokenizers.decoders import ByteLevel
