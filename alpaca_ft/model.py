@@ -79,7 +79,7 @@ def load_tokenizer(
     model_id:str='demo',  # `demo`, a folder, or a hub id
     trust_remote_code:bool=False,  # run Python code that comes with it
 ):  # a tokenizer with a pad token
-    "Load the model's tokenizer; where it has no pad token, EOS serves (it keeps its label all the same, see Packing)."
+    "Load the model's tokenizer; if it has no pad token, EOS serves (it keeps its label all the same, see Packing)."
     from transformers import AutoTokenizer
     tokenizer = _load(AutoTokenizer.from_pretrained, model_id, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
@@ -105,7 +105,7 @@ def untie(
     if head is None:
         raise Refused(f'{type(model).__name__} has no output head to train; use a ...ForCausalLM model')
     same = head.weight is embed.weight
-    if not same and not head.weight.is_meta:
+    if not same and not head.weight.is_meta:  # meta: a shape without numbers, see "How much memory?"
         same = head.weight.data_ptr() == embed.weight.data_ptr()
     if not same:
         return False
@@ -136,7 +136,7 @@ def decoder_layers(
 # %% ../nbs/04_model.ipynb #03-038
 def compute_dtype(
     device=None,  # torch.device; None: this process's
-)->torch.dtype:  # bf16 where the hardware multiplies in it, else fp32
+)->torch.dtype:  # bf16 if the hardware multiplies in it, else fp32
     "The precision that matrix products are fast in on this machine."
     if device is None:
         from accelerate import PartialState
@@ -178,14 +178,19 @@ class Choice:
         words = []
         if self.layers:
             low, high = self.layers[0], self.layers[-1]
-            together = self.layers == list(range(low, high + 1))
-            numbers = f's {low}-{high}' if together else f's {", ".join(map(str, self.layers))}'
             if low == high:
-                numbers = f' {low}'
+                numbers = f'layer {low}'
+            elif self.layers == list(range(low, high + 1)):
+                numbers = f'layers {low}-{high}'
+            else:
+                numbers = f'layers {", ".join(map(str, self.layers))}'
             lora = f'LoRA of rank {self.rank} on ' if self.method == 'lora' else ''
             matrices = '' if self.matrices is None else f' ({len(self.matrices)} matrices)'
-            words.append(f'{lora}layer{numbers} of 0-{self.n_layers - 1}{matrices}')
-        words += ['the head']*self.head + ['the embedding']*self.embed
+            words.append(f'{lora}{numbers} of 0-{self.n_layers - 1}{matrices}')
+        if self.head:
+            words.append('the head')
+        if self.embed:
+            words.append('the embedding')
         return ', '.join(words)
 
 # %% ../nbs/04_model.ipynb #04-lo4
@@ -244,14 +249,14 @@ def apply_choice(
             p.requires_grad_(True)
     for p in model.parameters():
         p.data = p.data.to(trained if p.requires_grad else frozen_dtype)
-    model.products_in_bf16 = frozen_dtype == torch.bfloat16  # also where nothing is frozen
+    model.products_in_bf16 = frozen_dtype == torch.bfloat16  # also if nothing is frozen
     return untied
 
 # %% ../nbs/04_model.ipynb #04-qu2
 def quantised(
     model,  # causal language model
 )->str|None:  # the method
-    "How a model's weights are quantised, where transformers has not turned them into numbers."
+    "How a model's weights are quantised, if transformers has not turned them into numbers."
     about = getattr(model.config, 'quantization_config', None)
     if about is None:
         return None
@@ -273,7 +278,7 @@ def frozen_layers(
     n:int,  # layers that the model has
     name:str,  # of the model, for a refusal
 )->int:
-    "How many layers are frozen; raises `Refused` where the model has fewer."
+    "How many layers are frozen; raises `Refused` if the model has fewer."
     part = 0.75 if n_freeze == 'auto' else n_freeze
     number = round(part*n) if isinstance(part, float) and part < 1 else part
     if not 0 <= number <= n or number != int(number):
@@ -318,7 +323,7 @@ def autocast(
 # %% ../nbs/04_model.ipynb #04-fg1
 def first_in_graph(
     model,  # after `freeze`
-)->int:  # number of a layer, from 0; the number of layers where none is in the graph
+)->int:  # number of a layer, from 0; the number of layers if none is in the graph
     "The lowest layer whose activations are kept for the backward pass: it trains, or something below it does."
     layers = decoder_layers(model)
     weight = getattr(model.get_input_embeddings(), 'weight', None)
@@ -349,7 +354,7 @@ def chosen_layers(
     n:int,  # layers that the model has
     name:str,  # of the model, for a refusal
 )->list:  # numbers of the layers that train
-    "The layers that the options name; raises `Refused` where the model has no such layers."
+    "The layers that the options name; raises `Refused` if the model has no such layers."
     kind, _, number = (cfg.layers or '').rpartition(':')
     if kind == 'last':
         if int(number) > n:
@@ -364,17 +369,22 @@ def chosen_layers(
         return list(range(low, high + 1))
     return list(range(frozen_layers(cfg.n_freeze, n, name), n))
 
+# %% ../nbs/04_model.ipynb #04-sp0
+def _spectrum_limit(values, shape):
+    "The limit between what Spectrum calls signal and noise, for a matrix's singular values and its two sizes."
+    quarter = torch.tensor([0.25, 0.75], device=values.device)
+    low, high = torch.quantile(values, quarter).tolist()
+    sigma = (high - low)/1.349  # Spectrum's estimate: it takes the values as normally distributed, which they aren't
+    beta = min(shape)/max(shape)
+    return sigma*(1 + beta**0.5)  # sqrt((1 + sqrt(beta))^2)
+
 # %% ../nbs/04_model.ipynb #04-sp2
 def signal_to_noise(
     weight,  # a matrix
-)->float:  # high where much of it is above what noise alone would make
-    "Sum of the singular values above the noise limit over the sum of those below it, divided by the largest."
+)->float:  # high if the singular values are small and alike
+    "Spectrum's score: the singular values above its limit over those below, divided by the largest."
     values = torch.linalg.svdvals(weight.detach().float())
-    quarter = torch.tensor([0.25, 0.75], device=values.device)
-    low, high = torch.quantile(values, quarter).tolist()
-    sigma = (high - low)/1.349  # a normal distribution's quartiles are so many sigmas apart
-    beta = min(weight.shape)/max(weight.shape)
-    above = values > sigma*(1 + beta**0.5)  # sqrt((1 + sqrt(beta))^2)
+    above = values > _spectrum_limit(values, weight.shape)
     noise = values[~above].sum().item()
     signal = values[above].sum().item()
     return signal/noise/values.max().item() if noise else float('inf')
@@ -397,7 +407,7 @@ def spectrum(
     model,  # causal language model, as it was loaded
     part:float,  # of the matrices of each kind
 )->dict:  # name of a module: number of its layer
-    "The matrices with the most signal for their noise, of each kind the best."
+    "The matrices with Spectrum's highest scores, of each kind the best."
     kinds, chosen = {}, {}
     for i, kind, name, m in layer_matrices(model):
         if m.weight.is_meta:
@@ -442,7 +452,7 @@ def lora_modules(
     layers:list,  # numbers of the chosen layers
     among:list=None,  # names of modules: only these; None: all
 )->list:  # names of modules
-    "The modules that LoRA's matrices are added to; raises `Refused` where there are none."
+    "The modules that LoRA's matrices are added to; raises `Refused` if there are none."
     there = linear_modules(model)
     kinds = sorted({kind for _, kind, _ in there})
     elsewhere = [kind for kind in kinds if goes_to_experts(model, kind)]
@@ -467,7 +477,7 @@ def check_rotate(
     layers:list,  # numbers of the layers that train
     name:str,  # of the model, for a refusal
 )->None:
-    "Refuse layers that rotate where none would ever rest; raises `Refused`."
+    "Refuse to rotate layers if none would ever rest; raises `Refused`."
     if cfg.rotate and cfg.rotate >= len(layers):
         raise Refused(f'rotate is {cfg.rotate}, but {len(layers)} layers of {name} train; give fewer, '
                       'or leave rotate out')
@@ -508,9 +518,10 @@ def resolve_choice(
     check_rotate(cfg, layers, name)
     if cfg.method == 'lora':
         matrices = lora_modules(cfg, model, layers, matrices)
-        return Choice(layers, n, False, False, matrices, 'lora', cfg.lora_rank, cfg.lora_alpha, cfg.seed,
-                      cfg.train_dtype)
-    choice = Choice(layers, n, cfg.train_head is not False, not cfg.freeze_embed, matrices, trained=cfg.train_dtype)
+        return Choice(layers, n, head=False, embed=False, matrices=matrices, method='lora', rank=cfg.lora_rank,
+                      alpha=cfg.lora_alpha, seed=cfg.seed, trained=cfg.train_dtype)
+    choice = Choice(layers, n, head=cfg.train_head is not False, embed=not cfg.freeze_embed, matrices=matrices,
+                    trained=cfg.train_dtype)
     check_trains(choice, cfg, model)
     return choice
 
@@ -569,7 +580,7 @@ class Place:
 def settle(
     dtype:str='auto',  # `auto`, `bf16` or `fp32`
 )->Place:  # device, dtype, processes and rank
-    "Settle device, precision and processes, by accelerate's state; raises `Refused` where a run cannot be right."
+    "Settle device, precision and processes, by accelerate's state; raises `Refused` if a run cannot be right."
     check_launch()
     n, gpus = started(), torch.cuda.device_count()
     if n > 1 and gpus and int(os.environ['LOCAL_RANK']) >= gpus:
@@ -612,6 +623,27 @@ def cut_layers(
         if each_layer and not key.endswith('token_id'):
             setattr(text, key, value[first:last])
     text.num_hidden_layers = last - first
+
+# %% ../nbs/04_model.ipynb #4c324e6b
+def _enter(layer, args, kwargs):
+    "Before the first layer of a cut model: it receives the kept states instead of what the model made of its inputs."
+    kwargs = dict(kwargs)
+    states = kwargs.pop('kept_states')
+    if args:
+        return (states, *args[1:]), kwargs
+    return args, kwargs | dict(hidden_states=states)
+
+# %% ../nbs/04_model.ipynb #565e7a12
+def _without_states(layer, args, kwargs):
+    "Before the other layers: drop the argument with the kept states, which they don't take."
+    return args, {k: v for k, v in kwargs.items() if k != 'kept_states'}
+
+# %% ../nbs/04_model.ipynb #04-ts2
+def _take_states(model):
+    "Let a cut model take states in place of token ids."
+    model.set_input_embeddings(nn.Identity())
+    for i, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_pre_hook(_without_states if i else _enter, with_kwargs=True)
 
 # %% ../nbs/04_model.ipynb #d90ae261
 @dataclass
@@ -669,9 +701,7 @@ class Trunk(nn.Module):
         twin = share(model).eval()
         cut_layers(twin, first or 0, n_freeze)
         if first is not None:
-            twin.set_input_embeddings(nn.Identity())
-            for i, layer in enumerate(decoder_layers(twin)):
-                layer.register_forward_pre_hook(_without_states if i else _enter, with_kwargs=True)
+            _take_states(twin)
         if attention and attention.name:
             twin.set_attn_implementation(attention.name)
         self.body, self.last = _layer_list(twin)[0], decoder_layers(twin)[-1]
@@ -696,23 +726,9 @@ class Trunk(nn.Module):
         states = out[0][0] if isinstance(out[0], tuple) else out[0]
         return states if where is None else where.join(states)
 
-# %% ../nbs/04_model.ipynb #4c324e6b
-def _enter(layer, args, kwargs):
-    "Before the tail's first layer: it receives the kept states instead of what the model made of its inputs."
-    kwargs = dict(kwargs)
-    states = kwargs.pop('kept_states')
-    if args:
-        return (states, *args[1:]), kwargs
-    return args, kwargs | dict(hidden_states=states)
-
-# %% ../nbs/04_model.ipynb #565e7a12
-def _without_states(layer, args, kwargs):
-    "Before the other layers: drop the argument with the kept states, which they don't take."
-    return args, {k: v for k, v in kwargs.items() if k != 'kept_states'}
-
 # %% ../nbs/04_model.ipynb #4bc5a181
 class Tail(nn.Module):
-    "The trained layers and the head (or the whole model, where nothing is kept): states go in, logits come out."
+    "The trained layers and the head (or the whole model, if nothing is kept): states go in, logits come out."
     def __init__(self,
         model,  # after `freeze`; shares its weights
         n_freeze:int=0,  # layers that are left out; their output comes as `kept_states`
@@ -724,9 +740,7 @@ class Tail(nn.Module):
         self.model = share(model)
         if n_freeze:
             cut_layers(self.model, n_freeze, len(decoder_layers(self.model)))
-            self.model.set_input_embeddings(nn.Identity())
-            for i, layer in enumerate(decoder_layers(self.model)):
-                layer.register_forward_pre_hook(_without_states if i else _enter, with_kwargs=True)
+            _take_states(self.model)
         if attention and attention.name:
             self.model.set_attn_implementation(attention.name)
         self.whole = {own: names[p] for own, p in self.model.named_parameters()}  # names here: in the whole model
@@ -833,7 +847,7 @@ def check_saved(
     folder:Path,  # what `save_pretrained` wrote of it
     frozen:bool=False,  # compare what is frozen too
 )->None:
-    "Compare what trains with what was written, by name, or read back where transformers gave it other names."
+    "Compare what trains with what was written, by name, or read back if transformers gave it other names."
     from safetensors import safe_open
     missing = {k: p for k, p in model.named_parameters() if p.requires_grad or frozen}
     for f in sorted(folder.glob('*.safetensors')):
