@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['INSTEAD', 'NEUTRAL', 'LEAST', 'FEW', 'MEASURES', 'INTERVALS', 'JUDGE', 'KEYS', 'READERS', 'PAGE', 'find_model',
            'run_options', 'load_rows', 'reworded', 'held_out', 'summed_losses', 'row_losses', 'neutral_losses',
-           'repetition', 'answer_rows', 'measure', 'sums_and_counts', 't_value', 'interval', 'share_interval',
-           'median_interval', 'values_of', 'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines',
-           'noise', 'spread_lines', 'ask_judge', 'ask_once', 'judge', 'local_files', 'read_task', 'check_tasks',
-           'run_tasks', 'evaluation_page', 'side_by_side', 'judge_pairs', 'who', 'trained_on', 'trained_lines',
-           'common_rows', 'write_results', 'notes', 'summary', 'write_each', 'judge_line', 'check_judge', 'heads',
-           'leave', 'check_models', 'check_places', 'measure_each', 'evaluate', 'NoRedirect', 'host_of',
-           'judge_headers']
+           'repetition', 'measure', 'sums_and_counts', 't_value', 'interval', 'share_interval', 'median_interval',
+           'values_of', 'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines', 'noise', 'spread_lines',
+           'ask_judge', 'ask_once', 'judge', 'local_files', 'read_task', 'check_tasks', 'run_tasks', 'evaluation_page',
+           'side_by_side', 'judge_pairs', 'who', 'trained_on', 'trained_lines', 'common_rows', 'write_results',
+           'both_cut', 'notes', 'summary', 'write_each', 'judge_line', 'check_judge', 'heads', 'leave', 'check_models',
+           'check_places', 'measure_each', 'evaluate', 'NoRedirect', 'host_of', 'judge_headers']
 
 # %% ../nbs/08_evaluate.ipynb #08-003
 import hashlib
@@ -49,7 +48,7 @@ from .trainer import PackedLoss, StepCollator, on_device, quiet, row_sums
 def find_model(
     run,  # a run folder, a model folder, `demo` or a hub id
 )->tuple:  # (what `load_model` takes, the run's config or {})
-    "The model behind a name; raises `Refused` where a run has none yet."
+    "The model behind a name; raises `Refused` if a run has none yet."
     folder = Path(run)
     if not (folder/'config.yaml').exists():
         return str(run), {}
@@ -103,7 +102,7 @@ def reworded():
 
 def held_out(
     config:dict,  # the run's config, or {}
-    data:str=None,  # other rows: what `load_alpaca` takes; its test split where it has one
+    data:str=None,  # other rows: what `load_alpaca` takes; its test split if it has one
     tokenizer=None,  # see `load_rows`; of the run's model
 ):  # Dataset of rows
     "The rows to measure on: those named, else those that the run held back, else those held back of the built-in rows."
@@ -186,27 +185,6 @@ def repetition(
     grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams))/len(grams) if grams else 0.
 
-# %% ../nbs/08_evaluate.ipynb #08-n11
-def answer_rows(
-    prompts:list,  # texts
-    model,  # causal language model
-    tokenizer,  # its tokenizer
-    max_new_tokens:int,  # in an answer, at most
-    batch_size:int=16,  # prompts at once
-)->list:  # see `generate_all`, in the order of the prompts
-    "Answer many prompts, with a progress bar on a terminal."
-    from tqdm import tqdm
-    answers = [None]*len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with tqdm(total=len(prompts), desc='answers', disable=None, leave=False) as bar:
-        for start in range(0, len(prompts), batch_size):
-            numbers = by_length[start:start + batch_size]
-            batch = generate_all([prompts[i] for i in numbers], model, tokenizer, max_new_tokens, batch_size)
-            for i, answer in zip(numbers, batch):
-                answers[i] = answer
-            bar.update(len(numbers))
-    return answers
-
 # %% ../nbs/08_evaluate.ipynb #08-029
 def measure(
     name:str,  # what `load_model` takes
@@ -229,7 +207,7 @@ def measure(
     prompts = [fit_prompt(r, tokenizer, room) for r in asked]
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return dict(losses=row_losses(model, tokenizer, rows, seq_len), neutral=neutral_losses(model, tokenizer, seq_len),
-                answers=answer_rows(prompts, model, tokenizer, max_new_tokens),
+                answers=generate_all(prompts, model, tokenizer, max_new_tokens, bar=True),
                 references=[len(prompt_ids(r['output'], tokenizer, first=False)) for r in asked],
                 tasks=run_tasks(tasks, model, tokenizer) if tasks else {},
                 vocabulary=hashlib.sha256(vocabulary).hexdigest())
@@ -259,9 +237,9 @@ def interval(
     a,  # values of one model, a row each; or (sums, counts)
     b,  # of the other, for the same rows
 )->tuple:  # (difference a - b, low, high), the interval of 95 %; None, None for too few rows
-    "Difference of two means over the same rows, and where it may be on other rows."
+    "Difference of two means over the same rows, and the 95 % interval of the difference over all such rows."
     (sum_a, n_a), (sum_b, n_b) = sums_and_counts(a), sums_and_counts(b)
-    rows, count_for = len(sum_a), n_a.sum()**2/(n_a**2).sum()
+    rows, count_for = len(sum_a), n_a.sum()**2/(n_a**2).sum()  # Kish's effective sample size
     difference = float(sum_a.sum()/n_a.sum() - sum_b.sum()/n_b.sum())
     if rows < LEAST or count_for < 2:
         return difference, None, None
@@ -292,7 +270,7 @@ def median_interval(
     a,  # values of one model, a row each
     b,  # of the other, for the same rows
 )->tuple:  # (median of a - b, low, high), the interval of 95 % or more; None, None for too few rows
-    "The median difference of two models over the same rows, and where it may be on other rows."
+    "The median difference of two models over the same rows, and the 95 % interval of the median over all such rows."
     by_row = np.sort(sums_and_counts(a)[0] - sums_and_counts(b)[0])
     rows, outside, k = len(by_row), 0., 0
     while k < rows/2:
@@ -415,7 +393,7 @@ def comparison_lines(
 def noise(
     result:dict,  # see `compare` and `judge`
 )->str:  # the end of a line
-    "What to say where the interval includes no difference."
+    "What to say if the interval includes zero."
     return ', within noise' if result['noise'] else ''
 
 # %% ../nbs/08_evaluate.ipynb #08-n65
@@ -452,7 +430,7 @@ def _opener():
     return urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
 
 def _letter(said):
-    "The verdict in what a judge said; None where there is none."
+    "The verdict in what a judge said; None if there is none."
     said = said if isinstance(said, str) else ''
     found = re.fullmatch(r'[\W_]*([ABT])[\W_]*', said, re.I)
     found = found or re.search(r'\b([BT]|A(?! tie\b)|(?i:(?:a )?tie))\b', said)  # in a sentence, `a` is a word
@@ -493,7 +471,7 @@ def ask_once(
     cache:Path,  # JSON lines of what was asked before
     known:dict,  # the same by key; gets what is asked now
 )->str:  # `A`, `B` or `T`
-    "What the judge said to a question, asked only where it was not asked before."
+    "What the judge said to a question, asked only if it was not asked before."
     key = hashlib.sha256(f'{url}\n{model}\n{text}'.encode()).hexdigest()
     if key not in known:
         known[key] = ask_judge(url, model, text)
@@ -588,7 +566,7 @@ def check_tasks(
 
 # %% ../nbs/08_evaluate.ipynb #08-n80-p2
 def _numbers(rows):
-    "The values of a measure row by row; None where some are no numbers."
+    "The values of a measure row by row; None if some are no numbers."
     if all(isinstance(v, (bool, int, float, np.number)) for v in rows):
         return [float(v) for v in rows]
     return None
@@ -606,8 +584,8 @@ def run_tasks(
     tasks:list,  # see `read_task`
     model,  # causal language model
     tokenizer,  # its tokenizer
-)->dict:  # `task metric`: values, a row each; one value where it is no mean over rows
-    "What lm-eval finds, row by row where a measure has rows."
+)->dict:  # `task metric`: values, a row each; one value if it is no mean over rows
+    "What lm-eval finds, row by row if a measure has rows."
     import logging
     import datasets
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
@@ -693,7 +671,7 @@ def judge_pairs(
 # %% ../nbs/08_evaluate.ipynb #08-n85
 def who(
     runs:list,  # run folders, model folders, `demo` or hub ids
-    against:str=None,  # another one, `base` or `none`; None: `base` where it is known
+    against:str=None,  # another one, `base` or `none`; None: `base` if it is known
 )->tuple:  # ({name: what `load_model` takes}, configs of the runs, name of the other or None)
     "The models of an evaluation: the runs, then the other one."
     found = [find_model(r) for r in runs]
@@ -736,7 +714,7 @@ def trained_on(
 
 def trained_lines(
     trained:dict,  # run: see `trained_on`
-)->list:  # lines of text; none where no run was trained on any of the rows
+)->list:  # lines of text; none if no run was trained on any of the rows
     "What to say of rows that were given."
     said = []
     for run, n in trained.items():
@@ -753,8 +731,8 @@ def common_rows(
     configs:list,  # of the runs
     data:str=None,  # see `held_out`
     trust_remote_code:bool=False,  # run Python code that comes with a model
-)->tuple:  # (Dataset of rows, {run: see `trained_on`} where they were given)
-    "The rows that all runs held back; raises `Refused` where they held back different ones."
+)->tuple:  # (Dataset of rows, {run: see `trained_on`} if they were given)
+    "The rows that all runs held back; raises `Refused` if they held back different ones."
     quiet()
     tokenizers = []
     for run, config in zip(runs, configs):
@@ -773,7 +751,7 @@ def common_rows(
 
 # %% ../nbs/08_evaluate.ipynb #08-n89
 def write_results(
-    folder,  # made where it is not there
+    folder,  # made if it is not there
     result:dict,  # for evaluation.json
     said:list,  # lines of text
     side:list,  # see `side_by_side`
@@ -787,6 +765,15 @@ def write_results(
     write_whole(folder/'evaluation.html', evaluation_page(result['models'], '\n'.join(said), side))
 
 # %% ../nbs/08_evaluate.ipynb #08-n90-p2
+def both_cut(
+    each:dict,  # what `measure` says of each model, by its name
+)->int:  # rows
+    "Rows in which no model's answer stopped, so that the difference of their lengths is zero by the limit alone."
+    n = 0
+    for answers in zip(*(m['answers'] for m in each.values())):
+        n += not any(answer['stopped'] for answer in answers)
+    return n
+
 def notes(
     each:dict,  # see `summary`
     other:str,  # name of the model that the runs are compared with, or None
@@ -801,6 +788,9 @@ def notes(
     if other and LEAST <= counted < FEW:
         said.append(f'fewer than {FEW} rows: if a few of them differ much from the rest, the intervals')
         said.append('of the losses miss one time in ten, not one in twenty')
+    answered, cut = len(next(iter(each.values()))['answers']), both_cut(each)
+    if other and cut > answered/10:
+        said.append(f'in {cut} of {answered} rows all answers were cut off; their lengths show no difference')
     if len({m['vocabulary'] for m in each.values()}) > 1:
         said.append('the tokenizers differ, so losses count different tokens and are not compared')
     return said
@@ -873,7 +863,7 @@ def heads(
     configs:list,  # of the runs
     other:str,  # name of the model that they are compared with, or None
 )->tuple:  # of the two columns
-    "What the columns of a comparison are called: `before` and `after` where the runs started from the other model."
+    "What the columns of a comparison are called: `before` and `after` if the runs started from the other model."
     trained = all(config.get('model') == other for config in configs)
     return ('before', 'after') if trained else ('against', 'model')
 
@@ -994,7 +984,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def host_of(
     url:str,  # an address
 )->tuple:  # (scheme, host, port)
-    "Who is asked under an address; raises `Refused` where it is none, or holds more than an address."
+    "Who is asked under an address; raises `Refused` if it is none, or holds more than an address."
     try:
         parts = urlsplit(url)
         found = parts.scheme, parts.hostname, parts.port or dict(http=80, https=443).get(parts.scheme)
@@ -1011,7 +1001,7 @@ def host_of(
 def judge_headers(
     url:str,  # of the judge
 )->dict:  # headers of a question
-    "The headers, with the key of OPENAI_API_KEY where it stays with the server that it is for."
+    "The headers, with the key of OPENAI_API_KEY if they go to the server that the key is for."
     scheme, host, _ = host_of(url)
     headers = {'Content-Type': 'application/json'}
     key, home = os.environ.get('OPENAI_API_KEY', '').strip(), os.environ.get('OPENAI_BASE_URL', '').strip()

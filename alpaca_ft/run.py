@@ -9,8 +9,8 @@ __all__ = ['LOCK', 'NOT_BEGUN', 'TOKENIZERS', 'Run', 'train', 'check_out', 'make
            'measure_step', 'decide_states', 'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check',
            'memory_report', 'config_alone', 'check_tokenizer', 'prepare_shape', 'agree', 'other_states', 'go_on',
            'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains',
-           'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left',
-           'in_a_line', 'finish']
+           'release_frozen', 'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result',
+           'what_is_left', 'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -27,7 +27,7 @@ import yaml
 from safetensors.torch import save_file
 
 from .checkpoints import (Best, Checkpoints, Failed, checkpoints, cut_logs, explained, gib, last_complete,
-                                   lost, out_of_memory, read_state, resume_command, shorter_log, tidy)
+                                   lost, out_of_memory, read_state, resume_command, shorter_log, step_of, tidy)
 from .checkpoints import Stopped  # noqa: F401 (importable from here, as ever)
 from .data import Refused, as_dataset, check_near, find_rows, near_duplicates, shared_rows
 from .evaluate import load_rows
@@ -48,7 +48,7 @@ from .processes import (each_does, everyone, is_first, first_does, launch_name, 
                                  shared, together)
 from .prompts import largest_id, tokenize, use_template
 from .report import ReportCB, preflight_lines
-from .sampling import LLMSampleCB, fit_prompt, in_colour, prompt_room, row_documents, show_row
+from .sampling import LLMSampleCB, fit_prompt, forked, in_colour, prompt_room, row_documents, show_row
 from .stream import START, BadRow, PackedStream, count, open_stream, stream_lines
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
@@ -64,7 +64,7 @@ class Run:
     tokenizer:object = None  # the model's tokenizer
     model:object = None  # after `freeze`; None while only its tail is in memory
     rows:object = None  # DatasetDict of train and test, as loaded
-    stream:PackedStream = None  # the training rows where they are read as they are needed; `train` is their beginning
+    stream:PackedStream = None  # the training rows if they are read as they are needed; `train` is their beginning
     train:object = None  # packed training rows
     test:object = None  # packed evaluation rows
     manifest:Manifest = None  # all that the run depends on
@@ -91,7 +91,7 @@ def train(
 )->Run:  # with trainer, report and folder
     "Fine-tune as the options say and leave a run folder; raises `Refused`, `Diverged`, `Stopped` or `Failed`."
     place = settle(cfg.dtype)
-    with together():  # all processes, where there are several
+    with together():  # all processes, if there are several
         each_does(check_tracking, cfg)
         each_does(check_near, cfg.near_duplicates)
         cfg = first_does(as_folder, first_does(started_again, cfg))
@@ -168,7 +168,7 @@ def make_folder(
 def run_folder(
     cfg:RunConfig,  # out, resume
 ):  # the folder, which is ours inside the block
-    "Take a folder before any work, and give it back as it was where the run is refused."
+    "Take a folder before any work, and give it back as it was if the run is refused."
     from filelock import FileLock, Timeout
     check_out(cfg)
     # folders above it that are there already: they stay
@@ -182,7 +182,7 @@ def run_folder(
         raise Refused(f'{out}: another run is at work there; wait for it, or give another --out') from None
     refused = False
     try:
-        check_out(RunConfig(**asdict(cfg) | dict(out=str(out))))
+        check_out(replace(cfg, out=str(out)))
         yield out
     except Refused:
         refused = True
@@ -241,7 +241,7 @@ def untracked(
 # %% ../nbs/16_run.ipynb #16-pr4
 def started_again(
     cfg:RunConfig,  # as given
-)->RunConfig:  # with `resume` where the launcher has started this run again
+)->RunConfig:  # with `resume` if the launcher has started this run again
     "A command that a launcher repeats after a failure goes on with what it had begun."
     if may_restart() and not cfg.out:
         raise Refused('the launcher may start this run again (--max-restarts), which has to find its folder; '
@@ -255,7 +255,7 @@ def started_again(
 
 # %% ../nbs/16_run.ipynb #16-027
 def read_and_pack(
-    run,  # Run; gets rows, tokenizer and packed rows, and a stream where that was asked for
+    run,  # Run; gets rows, tokenizer and packed rows, and a stream if that was asked for
 )->None:
     "Rows as the options say, checked, tokenized and packed; of a stream its first window."
     from datasets import DatasetDict
@@ -284,7 +284,7 @@ def read_and_pack(
 def stream_report(
     stream,  # PackedStream
     first:dict,  # what `pack` reports of its first window
-)->dict:  # the same of all its rows, where they were counted
+)->dict:  # the same of all its rows, if they were counted
     "What went into the packed rows of a stream."
     if stream.total is None:
         return first
@@ -342,7 +342,7 @@ def check_fit(
         raise Refused(f'seq_len is {run.cfg.seq_len}, but {name} has {limit} positions; give at most that')
     if run.cfg.n_samples and not run.large:
         room = prompt_room(run.model.config, run.cfg.seq_len, run.cfg.max_new_tokens)
-        fit_prompt(dict(instruction='a', input=''), run.tokenizer, room)  # refused where not even the template fits
+        fit_prompt(dict(instruction='a', input=''), run.tokenizer, room)  # refused if not even the template fits
 
 # %% ../nbs/16_run.ipynb #16-la1
 def load_whole(
@@ -420,9 +420,7 @@ def probe(
     piece = dict(input_ids=row['input_ids'][:n], completion_mask=row['completion_mask'][:n], seq_lengths=[n])
     batch = on_device(StepCollator(run.tokenizer.pad_token_id, 'all')([piece]), run.place.device)
     loss = PackedLoss(Tail(run.tried, 0, run.step.attention), run.step.head).train()
-    devices = [] if run.place.device.type in ('cpu', 'mps') else [run.place.device]
-    kind = run.place.device.type if devices else 'cuda'
-    with torch.random.fork_rng(devices=devices, device_type=kind):
+    with forked(run.place.device):
         for _ in range(2):  # the first pass warms up
             begin = time.perf_counter()
             loss(**batch).backward()
@@ -445,6 +443,7 @@ def may_be_without_gradient(
     name:str,  # of a trained parameter
 )->bool:
     "An expert that no token was sent to may have no gradient; the bias of a key never has, nor LoRA's A while B is 0."
+    # the bias of a key adds the same number to all scores of a query, which changes no softmax
     return '.experts.' in name or '.lora_A.' in name or name.endswith(('k_proj.bias', 'key.bias'))
 
 # %% ../nbs/16_run.ipynb #16-047
@@ -521,7 +520,7 @@ def decide_states(
 def decide_by_layer(
     run,  # Run with a large model, packed rows and step; gets a part of the report
 )->None:
-    "Where a large model's states are kept; raises `Refused` where there is no room."
+    "Where a large model's states are kept; raises `Refused` if there is no room."
     r, where = run.report, 'memory' if run.cfg.prefix_cache == 'memory' else 'disk'
     if run.choice.n_layers - run.choice.first > 1:
         try_tail(run.tried, 1, run.train[0], run.step.attention, run.place.device)
@@ -537,7 +536,7 @@ def decide_by_layer(
 # %% ../nbs/16_run.ipynb #16-054
 def preflight(
     run,  # Run with model and packed rows; its report is completed
-    measure:bool=True,  # False where the model has no weights
+    measure:bool=True,  # False if the model has no weights
 )->dict:  # the report
     "Complete the report: parameters, memory and, measured, isolation, gradients and time. Raises `Refused`."
     cfg, model = run.cfg, run.model
@@ -592,7 +591,7 @@ def notes(
     if run.report.get('gives_back'):
         lines.append('memory may be short, so what was freed goes back at once (a little slower)')
     if run.large and run.cfg.n_samples:
-        lines.append('samples: left out, for they need every layer for every token')
+        lines.append('samples: left out, because they need every layer for every token')
     if still := run.report.get('without_gradient'):
         lines.append(f'without a gradient, so they stay as they are: {len(still)} vectors ({still[0]}, ...)')
     return lines
@@ -631,7 +630,7 @@ def memory_report(
     by.pop('total')
     lines = memory_table(sums, by, run.place)
     if run.report['memory_uncounted']:
-        lines.append(f"by formula, for it cannot be counted ({run.report['memory_uncounted']})")
+        lines.append(f"by formula, because it cannot be counted ({run.report['memory_uncounted']})")
     if limit is None:
         return lines
     about, now = known(run), max(sums.values())
@@ -661,7 +660,7 @@ def prepare_shape(
     cfg:RunConfig,  # options with a hub id as model
     unknown:list,  # gets a line for each thing that cannot be known
     place:Place=None,  # see `settle`; None: settle now
-)->Run:  # model on the meta device, without weights; no packed rows where they are not to be had
+)->Run:  # model on the meta device, without weights; no packed rows if they are not to be had
     "What can be known of a run without weights: the article's shape, or the config of a model on the hub."
     from transformers import AutoConfig, AutoModelForCausalLM
     quiet()
@@ -806,7 +805,7 @@ def begin(
 def keep_states(
     run,  # Run after `preflight`; gets its states
 )->None:
-    "Send all rows through the frozen layers, once, where that was decided."
+    "Send all rows through the frozen layers, once, if that was decided."
     where = run.report['prefix_cache']
     if where == 'off':
         return
@@ -840,11 +839,23 @@ def keep_by_layer(
 def what_trains(
     run,  # Run with model, step and states
 )->PackedLoss:  # from batch to loss
-    "The module that is trained: the tail where states are kept, else the whole model with its own modules."
+    "The module that is trained: the tail if states are kept, else the whole model with its own modules."
     first = run.choice.first if run.states is not None else 0
     return PackedLoss(Tail(run.model, first, run.step.attention), run.step.head)
 
 # %% ../nbs/16_run.ipynb #16-077
+def release_frozen(
+    run,  # Run with its states
+    loss:PackedLoss,  # what is trained
+)->None:
+    "Let go of the layers that training does not need."
+    if run.large:
+        run.model = None
+        run.large.tried = None
+    elif run.states is not None or run.place.sharded:
+        run.model = None
+        run.whole.release(loss.tail)
+
 def build_trainer(
     run,  # Run, prepared
     tracker:Tracker,  # that was started
@@ -855,7 +866,7 @@ def build_trainer(
     loss = what_trains(run)
     saver = Checkpoints(out, cfg)
     saver.resume_from = run.resume_from
-    start = int(run.resume_from.name[5:]) if run.resume_from else 0
+    start = step_of(run.resume_from) if run.resume_from else 0
     if run.resume_from:
         saver.restore_weights(loss.tail.trained())
         first_does(tidy, out, cfg.keep, start)  # what a kill in the middle of a save or of tidying left
@@ -867,17 +878,16 @@ def build_trainer(
     watch = StopAtNaN(trainer, cfg.loss_spike_stop, saver.last_good)
     best = Best(out, cfg)
     best.go_on(read_state(run.resume_from).get('best') if run.resume_from else None)
-    saver.trainer, saver.watch, saver.best, best.trainer = trainer, watch, best, trainer
+    saver.trainer = trainer
+    saver.watch = watch
+    saver.best = best
+    best.trainer = trainer
     trainer.add_callback(watch)
     if cfg.rotate:
         trainer.add_callback(Rotate(trainer, cfg, run.report['steps']))
     if best.asked:
         trainer.add_callback(best)
-    if run.large:
-        run.model, run.large.tried = None, None
-    elif run.states is not None or run.place.sharded:
-        run.model = None
-        run.whole.release(loss.tail)
+    release_frozen(run, loss)
     if cfg.n_samples and not run.large:
         room = prompt_room(run.shape.config, cfg.seq_len, cfg.max_new_tokens)
         trainer.add_callback(LLMSampleCB(trainer, run.rows['test'], cfg.n_samples, cfg.max_new_tokens,
@@ -886,7 +896,9 @@ def build_trainer(
         trainer.add_callback(GiveBack(run.report['gives_back']))
     for cb in (*tracker.callbacks, ReportCB(out), *callbacks):
         trainer.add_callback(cb)
-    trainer.saver, trainer.metrics_bar, trainer.best = saver, metrics, best
+    trainer.saver = saver
+    trainer.metrics = metrics
+    trainer.best = best
     return trainer
 
 # %% ../nbs/16_run.ipynb #16-078
@@ -894,7 +906,7 @@ def stopped_by_rows(
     run,  # Run with a stream
     e:Refused,  # what is wrong with its rows
 )->Failed:  # what to tell
-    "Save a checkpoint where a stream cannot go on."
+    "Save a checkpoint if a stream cannot go on."
     trainer, saver = run.trainer, run.trainer.saver
     step, why = trainer.state.global_step, str(e)
     known = isinstance(e, BadRow)  # anything else may have met this process alone, and others would not save with it
@@ -909,14 +921,14 @@ def stopped_by_rows(
 def train_steps(
     run,  # Run with its trainer
 )->None:
-    "All optimizer steps, from the one on at which the run stands; fewer where `patience` ends it."
+    "All optimizer steps, from the one on at which the run stands; fewer if `patience` ends it."
     trainer, best = run.trainer, run.trainer.best
     if trainer.start < run.report['steps'] and not best.enough:  # a checkpoint of the last step leaves nothing to train
         try:
             trainer.train()
         except Refused as e:
             raise stopped_by_rows(run, e) if run.stream else e from None
-    trainer.metrics_bar.close()
+    trainer.metrics.close()
     if best.enough and is_first():
         step = max(trainer.start, trainer.state.global_step)
         print(f'patience: no evaluation since step {best.step} was better, so the run ends after step {step} '
@@ -992,7 +1004,7 @@ def in_a_line(
     e,  # an exception of a run
     run,  # Run with its report and folder
 ):  # an exception
-    "One that says what to do, where that is known; else the same."
+    "One that says what to do, if that is known; else the same."
     advice = ''
     if out_of_memory(e):
         advice = counted_advice(run.cfg, run.shape, run.place, run.choice, **known(run))
@@ -1005,7 +1017,7 @@ def finish(
 )->None:
     "Close what was opened, and write the report."
     if run.trainer is not None:
-        run.trainer.metrics_bar.close()
+        run.trainer.metrics.close()
     if run.stream:
         run.stream.close()
     if is_first():

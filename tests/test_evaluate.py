@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from alpaca_ft import Refused, RunConfig, load_alpaca, train
-from alpaca_ft.evaluate import (FEW, LEAST, ask_judge, check_tasks, evaluate, interval, judge_headers, measure,
-                                median_interval,
-                                share_interval)
+from alpaca_ft.evaluate import (FEW, LEAST, ask_judge, both_cut, check_tasks, evaluate, interval, judge_headers,
+                                measure, median_interval, notes, share_interval)
 
 ROWS = (5, 8, 12, 36, 100)
 TASK = Path(__file__).parent/'tasks'/'everyday.yaml'
@@ -52,6 +51,24 @@ def test_shares_hold(n):
 
 
 @pytest.mark.parametrize('n', ROWS)
+@pytest.mark.parametrize('zeros', [.3, .7])
+def test_shares_between_hold(n, zeros):
+    "Values such as those of `repetition`: many zeros, and anything up to 1."
+    rng = np.random.default_rng(n)
+
+    def drawn(share, a, b):
+        values = rng.beta(a, b, size=(1500, n))*(rng.random((1500, n)) > share)
+        return values, (1 - share)*a/(a + b)
+
+    (after, mean_after), (before, mean_before) = drawn(zeros, 2, 2), drawn(zeros/2, 1, 3)
+    missed = 0
+    for a, b in zip(after, before):
+        _, low, high = share_interval(a, b)
+        missed += not low <= mean_after - mean_before <= high
+    assert missed/1500 < .065, missed/1500
+
+
+@pytest.mark.parametrize('n', ROWS)
 @pytest.mark.parametrize('kind, most', [('even', .07), ('noisy when short', .07), ('lopsided', .13)])
 def test_losses_hold(n, kind, most):
     """Lengths of the built-in responses in words. Where a few rows differ much, fewer than 30 rows miss up to twice
@@ -76,6 +93,18 @@ def test_medians_hold(n):
         _, low, high = median_interval(x, 0*x)
         missed += not low <= 1 <= high
     assert missed/1500 < .06
+
+
+@pytest.mark.parametrize('stop, said', [(0, 'in 10 of 10 rows all answers were cut off'), (8, 'in 2 of 10'), (9, '')])
+def test_rows_that_were_cut(stop, said):
+    "Counted if no model's answer stopped; said if that is so in more than one row of ten."
+    cut, stopped = dict(stopped=False), dict(stopped=True)
+    each = dict(run=dict(answers=[stopped]*stop + [cut]*(10 - stop), vocabulary='one'),
+                other=dict(answers=[cut]*10, vocabulary='one'))
+    lines = notes(each, 'other', 100, 100, {})
+    assert both_cut(each) == 10 - stop
+    assert len(lines) == bool(said) and said in ''.join(lines) and all(len(line) <= 80 for line in lines)
+    assert notes(each, None, 100, 100, {}) == []
 
 
 def test_too_few_rows():
