@@ -234,10 +234,12 @@ def decide(
     rows:int,  # rows whose states would be kept
     together:int=1,  # processes that would share them, which they do through a file
 )->Keep:
-    "Where the states will be kept; raises `Refused` where an explicit wish cannot be met."
+    "Where the states will be kept; raises `Refused` if an explicit wish cannot be met."
     saved = passes - rows
-    if cfg.prefix_cache == 'off' or cfg.prefix_cache == 'auto' and saved <= 0:
-        return Keep('off', 'not asked for' if cfg.prefix_cache == 'off' else 'fewer passes than there are rows')
+    if cfg.prefix_cache == 'off':
+        return Keep('off', 'not asked for')
+    if cfg.prefix_cache == 'auto' and saved <= 0:
+        return Keep('off', 'fewer passes than there are rows')
     room, size = room_for_states(), f'{n_bytes/1e6:,.1f} MB'
     if cfg.prefix_cache != 'auto':
         check_place(cfg.prefix_cache, n_bytes, room[cfg.prefix_cache], together)
@@ -365,7 +367,7 @@ def there_already(
 
 # %% ../nbs/09_prefix.ipynb #09-062-p1
 def _no_room(path, n_bytes, e):
-    "What is said where states cannot be written."
+    "What is said if states cannot be written."
     return Refused(f'prefix_cache: {n_bytes:,} bytes for {path} cannot be written ({e.strerror}); free some space, '
                    'set ALPACA_FT_CACHE to another disk (one that all processes see), or use --prefix-cache off')
 
@@ -378,7 +380,7 @@ def states_on_disk(
     dtype:torch.dtype,  # of the states
     hidden:int,  # width of a state
 )->States:
-    "Map the file that an earlier run left, or compute and write it; raises `Refused` where there is no room."
+    "Map the file that an earlier run left, or compute and write it; raises `Refused` if there is no room."
     from filelock import FileLock
     path, lengths = cache_dir()/'prefix'/f'{name}.bin', packed_lengths(*splits)
     size, n = hidden*dtype.itemsize, len(lengths)
@@ -426,7 +428,7 @@ def try_tail(
     try:
         states, a, b = both_ways(model, n_freeze, row, attention, device)
     except KeyError:
-        raise Refused(f'prefix_cache: {type(model).__name__} does not hand arguments on to its layers, so it cannot '
+        raise Refused(f'prefix_cache: {type(model).__name__} does not pass arguments on to its layers, so it cannot '
                       'take kept states; use --prefix-cache off') from None
     except (TypeError, RuntimeError, AttributeError, IndexError) as e:
         why = ' '.join(str(e).split())[:160]
@@ -461,7 +463,7 @@ class WholeModel:
     def release(self,
         tail:Tail,  # what stays in memory
     )->None:
-        "Let go of the frozen layers, where the model's files can bring them back."
+        "Let go of the frozen layers, if the model's files can bring them back."
         if not self.can_be_released():
             return
         self.files = {f: self.stamp(f) for f in model_folder(self.cfg.model).glob('*.safetensors')}
@@ -484,7 +486,7 @@ class WholeModel:
     def gather(self,
         everywhere:bool=True,  # False: in the first process alone
     )->None:
-        "Put together what trains, where it is spread over processes; all of them have to ask."
+        "Put together what trains, if it is spread over processes; all of them have to ask."
         trained, found = self.tail.trained() if self.tail is not None else {}, {}
         if not any(hasattr(p, 'full_tensor') for p in trained.values()):
             return

@@ -106,16 +106,16 @@ def _mask(document_lengths, width, device):
 
 # %% ../nbs/11_speed.ipynb #11-017
 BY_DOCUMENT = Attention('alpaca_ft_documents', _lengths_alone)  # for a CPU
-FLASH = Attention('flash_attention_2', _flash_lengths)  # for a GPU, where the flash-attn package is installed
+FLASH = Attention('flash_attention_2', _flash_lengths)  # for a GPU, if the flash-attn package is installed
 MASKED = Attention('sdpa', _mask)  # for a GPU without it: transformers would ask the device where documents begin
-ALONE = Attention('', _nothing, apart=True)  # where documents cannot share a row
+ALONE = Attention('', _nothing, apart=True)  # if documents cannot share a row
 
 # %% ../nbs/11_speed.ipynb #11-ow1
 def added_masks(
     document_lengths:list,  # the lengths of each row's documents
     width:int,  # tokens in a row
     device,  # torch.device
-    windows:tuple,  # (kind of layer, tokens that it looks back or None) pairs; the kind is '' where there is only one
+    windows:tuple,  # (kind of layer, tokens that it looks back or None) pairs; the kind is '' if there is only one
 )->dict:  # attention_mask: (rows, 1, width, width) numbers to add to the scores, or such a tensor for each kind
     "What a model's own attention needs to keep documents apart: 0 for what may be seen, the lowest number elsewhere."
     seen, masks = _mask(document_lengths, width, device)['attention_mask'], {}
@@ -254,7 +254,7 @@ def liger_linear_loss(
     targets,  # (tokens,) ids
     scale:float,  # the sum of the losses is multiplied by this
 ):  # a number
-    "The same by Liger's Triton kernel, where liger-kernel is installed."
+    "The same by Liger's Triton kernel, if liger-kernel is installed."
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     if len(h) == 0:  # a micro-batch without labels: the kernel would divide by their number
         return h.float().sum()*scale
@@ -402,7 +402,7 @@ def apart(
 def said(
     e,  # an exception
 )->str:
-    "What an exception says, cut to a line; its name where it says nothing."
+    "What an exception says, cut to a line; its type if it says nothing."
     return ' '.join(str(e).split())[:160] or type(e).__name__
 
 def documents_alone(
@@ -453,7 +453,7 @@ def in_words(
     kind = 'the plain step is used' if step == Step() else 'a part of the step is plain'
     if step.attention == ALONE:
         kind = 'each document is computed in a row of its own'
-    return f'speed: {kind}, {"; ".join(why_not)}'
+    return f'speed: {kind}, because {"; ".join(why_not)}'
 
 # %% ../nbs/11_speed.ipynb #11-073-s1-s1-s1
 def choose_step(

@@ -335,8 +335,8 @@ def test_auto_turns_off(here, rows, tokenizer, capfd):
                       ).save_pretrained('neo')
     tokenizer.save_pretrained('neo')
     train(run_config('./neo', rows, 'run', max_steps=None, epochs=3, prefix_cache='auto'))
-    assert 'frozen layers: computed each time (GPTNeoForCausalLM does not hand arguments on' in capfd.readouterr().err
-    with pytest.raises(Refused, match='does not hand arguments on to its layers'):
+    assert 'frozen layers: computed each time (GPTNeoForCausalLM does not pass arguments on' in capfd.readouterr().err
+    with pytest.raises(Refused, match='does not pass arguments on to its layers'):
         train(run_config('./neo', rows, 'other', prefix_cache='memory'))
 
 
