@@ -32,7 +32,7 @@ def add_options(
         flag = '--' + f.name.replace('_', '-')
         default = 'none' if f.default is None else f.default
         if f.name in DEMO_ROWS:
-            default = f'{default}; where no rows are named, {DEMO_ROWS[f.name]}'
+            default = f'{default}; if no rows are named, {DEMO_ROWS[f.name]}'
         about = f'{helps[f.name]} [{default}]'.replace('%', '%%')
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
@@ -154,7 +154,7 @@ def make_parser()->argparse.ArgumentParser:  # of the whole command
     return p
 
 # %% ../nbs/18_cli.ipynb #18-020
-def peak_memory()->str:  # part of a line; empty where the system does not say
+def peak_memory()->str:  # part of a line; empty if the system does not say
     "The largest resident memory that this process had."
     try:
         import resource
@@ -222,7 +222,7 @@ def completion(
 # %% ../nbs/18_cli.ipynb #18-027
 def foreseen(
     e:BaseException,  # that ended a command
-)->tuple:  # (exit code, why in one line), or (None, None) where a traceback is called for
+)->tuple:  # (exit code, why in one line), or (None, None) if a traceback is called for
     "How a command ends that failed for a reason it knows."
     if isinstance(e, Refused):
         return 2, str(e)

@@ -47,7 +47,7 @@ def set_aside(
     file,  # open for writing
     n_bytes:int,  # that it will have
 )->bool:  # whether the system and the file system can do that
-    "Ask Linux to set room aside for a file; where it cannot, nothing is written in its place."
+    "Ask Linux to set room aside for a file; if it cannot, nothing is written in its place."
     import ctypes
     if sys.platform != 'linux':
         return False
@@ -66,8 +66,8 @@ def reserve(
     file,  # new and empty, open for writing
     n_bytes:int,  # that it will have
 )->None:
-    "Give a file its size, with the room set aside where that can be done; OSError where there is too little."
-    # What the libraries lack: where room cannot be set aside, os.posix_fallocate writes the whole file.
+    "Give a file its size, with the room set aside if that can be done; OSError if there is too little."
+    # What the libraries lack: if room cannot be set aside, os.posix_fallocate writes the whole file.
     if shutil.disk_usage(file.name).free < n_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
     try:
@@ -108,7 +108,7 @@ def read_jsonl(
 def read_config_file(
     path,  # a run's config.yaml
 )->dict:  # options, versions and the manifest
-    "A run's config.yaml as a dict; raises `Refused` where it cannot be read."
+    "A run's config.yaml as a dict; raises `Refused` if it cannot be read."
     import yaml
     try:
         return dict(yaml.safe_load(Path(path).read_text(encoding='utf-8')))
@@ -119,7 +119,7 @@ def read_config_file(
 # %% ../nbs/a1_files.ipynb #a1-rj1
 def read_json(
     path:Path,  # may not exist
-)->dict:  # {} where there is no such file
+)->dict:  # {} if there is no such file
     "A small JSON file of a run, or a refusal that names it."
     if not path.exists():
         return {}
@@ -133,7 +133,7 @@ def read_json(
 def read_run(
     folder,  # a run folder
 )->dict:  # name, folder, config, preflight, best, metrics, samples, finished
-    "A run folder as plain values; raises `Refused` where it is none."
+    "A run folder as plain values; raises `Refused` if it is none."
     folder = Path(folder)
     if not (folder/'config.yaml').exists():
         raise Refused(f'{folder}: not a run folder (no config.yaml); give a folder that `alpaca_ft train` wrote')

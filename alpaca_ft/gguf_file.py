@@ -35,7 +35,7 @@ KINDS = dict(llama='llama', mistral='llama', qwen2='qwen2', qwen3='qwen3')  # mo
 def architecture(
     config,  # of a model
 )->str:  # a value of `KINDS`
-    "What llama.cpp calls a model; refused where it would not compute the same."
+    "What llama.cpp calls a model; refused if it would not compute the same."
     kind = config.model_type
     if kind not in KINDS:
         raise Refused(f'{kind}: a GGUF file is written for {", ".join(KINDS)} only; use --format hf')
@@ -66,7 +66,7 @@ def permute_rows(
 # %% ../nbs/a4_gguf.ipynb #a4-027
 def rope_factors(
     config,  # of a model
-)->np.ndarray|None:  # a number for each pair; None where positions are not stretched
+)->np.ndarray|None:  # a number for each pair; None if positions are not stretched
     "What llama.cpp divides the angle of each pair by."
     rope = config.rope_parameters
     if rope['rope_type'] != 'llama3':
@@ -103,7 +103,7 @@ CUTS = {
 def cut_of(
     rule:dict,  # a pre-tokenizer of tokenizer.json
 )->str:  # as in `CUTS`
-    "One step of how a tokenizer cuts a text; empty where llama.cpp has no such step."
+    "One step of how a tokenizer cuts a text; empty if llama.cpp has no such step."
     kind = rule['type']
     if kind == 'ByteLevel' and not rule['add_prefix_space']:
         return 'ByteLevel' if rule['use_regex'] else 'bytes'
@@ -119,7 +119,7 @@ def cut_of(
 def cut_name(
     backend:dict,  # a tokenizer.json
 )->str:  # a value of `CUTS`
-    "llama.cpp's name for how a tokenizer cuts a text; refused where it has none."
+    "llama.cpp's name for how a tokenizer cuts a text; refused if it has none."
     rule, model, normal = backend['pre_tokenizer'] or {}, backend['model'], backend['normalizer']
     steps = rule.get('pretokenizers', [rule]) if rule else []
     name = CUTS.get(tuple(cut_of(s) for s in steps)) if model['type'] == 'BPE' else None
@@ -174,7 +174,7 @@ def token_scores(
 def begins_with_bos(
     tokenizer,  # of the saved model
 )->bool:
-    "Whether the tokenizer puts BOS before a text, and a chat template, where one was trained with, does so too."
+    "Whether the tokenizer puts BOS before a text, and a chat template, if one was trained with, does so too."
     if tokenizer.bos_token_id is None or tokenizer('a')['input_ids'][0] != tokenizer.bos_token_id:
         return False
     if is_alpaca(tokenizer):
@@ -293,7 +293,7 @@ def tensor_bytes(
 def described(
     folder,  # a model folder of transformers
 )->tuple:  # (config, tokenizer)
-    "Config and tokenizer of a model folder; refused where it cannot become a GGUF file."
+    "Config and tokenizer of a model folder; refused if it cannot become a GGUF file."
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -379,7 +379,7 @@ def written_around(
     tokenizer,  # of the saved model, with a chat template
     roles:tuple,  # of the turns, the last one the user's
 )->list:  # texts: before the first content, between two, behind the last
-    "What the chat template writes around contents where an answer is asked for."
+    "What the chat template writes around contents when an answer is asked for."
     turns = [dict(role=role, content=f'\ue000{i}\ue001') for i, role in enumerate(roles)]
     rest = render(tokenizer, turns, ask=True, template=chat_template(tokenizer).template)
     pieces = []
@@ -394,7 +394,7 @@ def written_around(
 def ollama_chat_template(
     tokenizer,  # of the saved model, with a chat template
 )->str:  # a Go template
-    "A chat template as Ollama wants it; raises `Refused` where it writes more than texts around turns."
+    "A chat template as Ollama wants it; raises `Refused` if it writes more than texts around turns."
     head, ask = written_around(tokenizer, ('user',))
     first, again, following, last = written_around(tokenizer, ('user', 'assistant', 'user'))
     if (first, again, last) != (head, ask, ask):

@@ -117,7 +117,7 @@ def read_weights(
     places:dict,  # name: (file, key), see `where_weights_are`
 )->dict:  # name: tensor
     "Read some weights from their files."
-    # What the libraries lack: safetensors maps all of a file, and Linux refuses that where it is larger than memory.
+    # What the libraries lack: safetensors maps all of a file, and Linux refuses that if it is larger than memory.
     found = {}
     for file in sorted({file for file, _ in places.values()}):
         about, begin = header(file)
@@ -194,7 +194,7 @@ def check_names(
 def room(
     device:torch.device,  # that computes
 )->int:  # bytes
-    "Memory for a model: the device's own, where it has some."
+    "Memory for a model: the device's own, if it has some."
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     return available_memory()
@@ -225,7 +225,7 @@ def spare_memory(
     model_id:str,  # `demo`, a folder, or a hub id
     place:Place,  # device
 )->bool:  # whether freed memory goes back at once from now on
-    "Before a model is loaded: let malloc keep nothing large, where memory may be short."
+    "Before a model is loaded: let malloc keep nothing large, if memory may be short."
     return place.device.type == 'cpu' and not small_enough(model_id, place) and give_back_at_once()
 
 # %% ../nbs/a10_layers.ipynb #a9-032
@@ -256,7 +256,7 @@ def large_model(
     cfg:RunConfig,  # the options
     place:Place,  # device and precision
 )->Large|None:  # None: the model is loaded as a whole
-    "The upper part of a model that is to be read layer by layer; raises `Refused` where that was asked for in vain."
+    "The upper part of a model that is to be read layer by layer; raises `Refused` if that was asked for in vain."
     asked = cfg.layer_by_layer
     if asked is False or asked is None and cfg.prefix_cache == 'off':
         return None
@@ -756,7 +756,7 @@ def gguf_names(
     file,  # gguf.GGUFReader
     name:str,  # of the file, for a refusal
 )->dict:  # name of a weight in the model: tensor of the file
-    "Which tensor of a GGUF file is which weight; raises `Refused` where one has no place."
+    "Which tensor of a GGUF file is which weight; raises `Refused` if one has no place."
     import gguf
     from alpaca_ft.gguf_file import KINDS
     config, there = model.config, {t.name: t for t in file.tensors}
@@ -838,7 +838,7 @@ def unpack_gguf(
 def as_folder(
     cfg:RunConfig,  # model: anything, or a GGUF file
 )->RunConfig:  # with a folder in the file's place
-    "Unpack a GGUF file into the cache, where it is not there yet; raises `Refused`."
+    "Unpack a GGUF file into the cache, if it is not there yet; raises `Refused`."
     from filelock import FileLock
     file = Path(cfg.model)
     if file.suffix != '.gguf':

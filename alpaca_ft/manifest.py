@@ -44,7 +44,7 @@ def config_digest(
 # %% ../nbs/a3_manifest.ipynb #a3-019
 def weights_digest(
     model_id:str,  # `demo`, a folder, or a hub id that was loaded
-    model,  # the loaded model; hashed itself where its files are not found
+    model,  # the loaded model; hashed itself if its files are not found
 )->str:  # 16 hex digits
     "A model's weights, by the checksums of its files, which are remembered."
     folder = model_folder(model_id)

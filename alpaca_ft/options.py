@@ -18,7 +18,7 @@ from .formats import parse_columns
 
 # %% ../nbs/a2_options.ipynb #a2-006
 def option(
-    default,  # its value where none is given
+    default,  # its value if none is given
     help:str,  # what it does, for `--help`
     choices:tuple=None,  # the texts that it may be
     least:float=None,  # the least number that it may be
@@ -93,7 +93,7 @@ class RunConfig:
     keep:int = option(2, 'checkpoints kept', least=1)
     resume:bool = option(False, 'go on with the run in --out from its last complete checkpoint')
     resume_anyway:bool = option(False, 'resume although an option that may change has changed')
-    loss_spike_stop:float = option(None, 'stop where the loss is so many times its running mean; none: never', least=1.)
+    loss_spike_stop:float = option(None, 'stop if the loss is so many times its running mean; none: never', least=1.)
     track:str = option('none', '`none`, `wandb` or `trackio`', choices=('none', 'wandb', 'trackio'))
     project:str = option('alpaca_ft', "the tracker's project")
     tags:str = option('hf_sft', "the tracker's tags, with commas between")
@@ -115,7 +115,7 @@ def as_number(
     v,  # a text from a file or a command line
     typ:type,  # int or float
 ):  # the number, or the text as it was
-    "A text as a number, where it is one."
+    "A text as a number, if it is one."
     try:
         if typ is float or 'e' in v.lower():
             return float(v)
@@ -235,7 +235,7 @@ ARTICLE = dict(model='meta-llama/Llama-2-7b-hf', data='capecape/alpaca_ft/alpaca
                n_freeze=24, seq_len=1024, batch_size=32, micro_batch_size=1, lr=2e-4, warmup=0.1, epochs=1,
                n_samples=10, max_new_tokens=256, activation_checkpointing=True, track='wandb')
 PRESETS = dict(demo={}, article=ARTICLE)  # the options of the demo and of the article's run
-DEMO_ROWS = dict(data='demo', loss_on='response', epochs=2)  # the command's, where no rows are named
+DEMO_ROWS = dict(data='demo', loss_on='response', epochs=2)  # the command's, if no rows are named
 
 # %% ../nbs/a2_options.ipynb #a2-027
 def read_yaml(

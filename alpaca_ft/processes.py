@@ -25,7 +25,7 @@ def started()->int:
 
 # %% ../nbs/a8_processes.ipynb #a8-009
 def processes()->int:
-    "How many processes are connected; 1 where there is no other."
+    "How many processes are connected; 1 if there is no other."
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 # %% ../nbs/a8_processes.ipynb #a8-010
@@ -108,7 +108,7 @@ def alone_on_cpu()->bool:
 
 # %% ../nbs/a8_processes.ipynb #a8-024
 def connect()->None:
-    "Let the processes of a launch meet; nothing where there is only one, or where they have met."
+    "Let the processes of a launch meet; nothing if there is only one, or if they have met."
     if started() == 1 or distributed.is_initialized() or not (torch.cuda.is_available() or alone_on_cpu()):
         return
     by_launcher = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
@@ -126,7 +126,7 @@ def connect()->None:
 
 # %% ../nbs/a8_processes.ipynb #a8-dc1
 def disconnect()->None:
-    "End the connection; nothing where there is none."
+    "End the connection; nothing if there is none."
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -162,7 +162,7 @@ def spread_like(
     tensor,  # all of it, the same in every process
     like,  # a tensor that may be spread over processes
 ):  # spread in the same way
-    "This process's part of a tensor, where the other one has parts."
+    "This process's part of a tensor, if the other one has parts."
     if not hasattr(like, 'full_tensor') or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -200,7 +200,7 @@ def each_does(
     work,  # function
     *args,  # its arguments
 ):  # what it returned here
-    "Every process does it; where it fails on one, it fails on all."
+    "Every process does it; if it fails on one, it fails on all."
     result, error = None, None
     try:
         result = work(*args)

@@ -225,7 +225,7 @@ def sample_cards(
     runs:list,  # see `read_run`
     room:int=1_000_000,  # characters for all answers together
 )->tuple:  # (cards, a line on what was left out or '')
-    "The answers of each prompt; evaluations between the first and the last are thinned out where there is no room."
+    "The answers of each prompt; evaluations between the first and the last are thinned out if there is no room."
     cards, left = {}, 0
     size = sum(len(s['generation']) + 200 for r in runs for s in r['samples'])
     for i, r in enumerate(runs):
@@ -343,7 +343,7 @@ def packing_picture(
 # %% ../nbs/15_report.ipynb #15-ev1
 def evaluated(
     folder:Path,  # of a run
-)->str:  # lines of text; empty where nothing was measured
+)->str:  # lines of text; empty if nothing was measured
     "What `alpaca_ft evaluate` left in a run's folder."
     found = read_json(folder/'evaluation.json')
     if not found:
@@ -434,7 +434,7 @@ def write_report(
 
 # %% ../nbs/15_report.ipynb #15-067
 class ReportCB(TrainerCallback):
-    "RUN/report.html, at an evaluation where the last writing was long enough ago, and at the end."
+    "RUN/report.html, at an evaluation if the last writing was long enough ago, and at the end."
     def __init__(self,
         out:Path,  # the run folder
         share:float=0.05,  # of the run's time that writing may take

@@ -153,11 +153,11 @@ class BadRow(Refused):
 @dataclass
 class Portion:
     "Rows that are packed and shuffled together."
-    rows:list  # dicts of instruction, input, output, and messages where they are chats
+    rows:list  # dicts of instruction, input, output, and messages if they are chats
     next:dict  # where the next portion begins; None where the rows end
     n_bad:int = 0  # bad rows that were left out
     bad:list = field(default_factory=list)  # a line about each of the first of them
-    repeated:int = 0  # rows that were passed over, for they are held out
+    repeated:int = 0  # rows that were passed over, because they are held out
 
 START = dict(at=None, good=0, number=0)  # where the first portion begins
 
@@ -253,12 +253,12 @@ class PackedStream:
     ):
         self.rows, self.cfg, self.tokenizer = rows, cfg, copy.deepcopy(tokenizer)  # another thread uses it
         self.pool, self.now, self.ahead = ThreadPoolExecutor(1), None, None
-        self.total = None  # counts of a whole pass, where they are known
+        self.total = None  # counts of a whole pass, if they are known
         self.go_on(0, dict(epoch=0, window=START, taken=0))
 
     @property
     def n_rows(self):
-        "Packed rows of a pass, where they were counted."
+        "Packed rows of a pass, if they were counted."
         return self.total['rows'] if self.total else None
 
     def go_on(self, step, place):
@@ -379,7 +379,7 @@ def count(
 def hub_rows(
     name:str,  # `owner/name` of a data set on the hub
 )->dict:  # split: HubRows
-    "A data set of the hub, opened and not loaded; refused in one line where it cannot be had."
+    "A data set of the hub, opened and not loaded; refused in one line if it cannot be had."
     from datasets import load_dataset
     from huggingface_hub import HfApi
     try:

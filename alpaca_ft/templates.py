@@ -15,7 +15,7 @@ from functools import cached_property
 from .data import Refused
 
 # %% ../nbs/a7_templates.ipynb #a7-007
-DATE = '26 Jul 2024'  # the day that Llama 3's own template takes where it is told none
+DATE = '26 Jul 2024'  # the day that Llama 3's own template takes if it is told none
 DAY = datetime(2024, 7, 26)
 
 def same_day(
@@ -36,7 +36,7 @@ def render(
     ask:bool=False,  # end with what stands before an answer
     template:str=None,  # Jinja; None: the tokenizer's own
 )->Rendered:  # the text
-    "A conversation as text; raises `Refused` where the template does not take it."
+    "A conversation as text; raises `Refused` if the template does not take it."
     try:
         template = same_day(template or tokenizer.get_chat_template())
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=ask,
@@ -88,7 +88,7 @@ def cut_at(
     text:str,  # as a template writes the turns
     turns:list,  # dicts of role and marked content
 )->tuple:  # (the pieces around the contents, where each of them begins)
-    "Cut a text at its marks; raises `Refused` where a turn is missing."
+    "Cut a text at its marks; raises `Refused` if a turn is missing."
     pieces, begins, place = [], [], 0
     for turn in turns:
         at = text.find(turn['content'], place)
@@ -142,7 +142,7 @@ class ChatTemplate:
 
     @cached_property
     def raw(self):
-        "A copy of the tokenizer, which threads can share; made when it is first needed, for it takes a while."
+        "A copy of the tokenizer, which threads can share; made when it is first needed, because it takes a while."
         from tokenizers import Tokenizer
         raw = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         raw.encode_special_tokens = False

@@ -87,7 +87,7 @@ def start_wandb(
     decided:tuple=None,  # what `wandb_mode` said; None: ask it now
     **kw,  # passed on to `wandb.init`
 ):  # a wandb run
-    "Start a W&B run, online where possible, else recorded in the folder."
+    "Start a W&B run, online if possible, else recorded in the folder."
     os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')  # W&B's own telemetry, sent from offline runs too
     import wandb
     mode, why = decided or wandb_mode()
@@ -97,7 +97,7 @@ def start_wandb(
     try:
         return wandb.init(mode=mode, **kw)
     except Exception as e:
-        print(f'W&B: offline, for it could not start ({" ".join(str(e).split())[:160]})', file=sys.stderr)
+        print(f'W&B: offline, because it could not start ({" ".join(str(e).split())[:160]})', file=sys.stderr)
         return wandb.init(mode='offline', **kw)
 
 # %% ../nbs/13_tracking.ipynb #13-022
@@ -112,7 +112,7 @@ def finish_wandb(
         print(f'W&B: the run was not finished cleanly ({e})', file=sys.stderr)
     if run.offline:
         here = Path(run.dir).parent
-        parts = sorted(here.parent.glob(f'offline-run-*-{run.id}'))  # more than one where it was resumed
+        parts = sorted(here.parent.glob(f'offline-run-*-{run.id}'))  # more than one if it was resumed
         print(f'W&B: recorded offline; `wandb sync {" ".join(map(str, parts or [here]))}` sends it', file=sys.stderr)
 
 # %% ../nbs/13_tracking.ipynb #13-024
@@ -241,7 +241,7 @@ class Tracker:
     def log_model(self,
         folder:Path,  # the trained model
     ):
-        "Send the trained model as an artifact, where that was asked for."
+        "Send the trained model as an artifact, if that was asked for."
         if self.wandb is None or not self.cfg.log_model:
             return
         name = f'model-{self.out.name}'

@@ -110,14 +110,14 @@ def taken_in_turn(
     batches:list,  # lists of row numbers
     number:int,  # of a process, from 0
     of:int,  # processes
-)->list:  # as many for each process; an empty one where batches run out
+)->list:  # as many for each process; an empty one if batches run out
     "The batches of one of several processes."
     mine = batches[number::of]
     return mine + [[]]*(math.ceil(len(batches)/of) - len(mine))
 
 # %% ../nbs/07_trainer.ipynb #07-017
 class MicroBatches:
-    "The micro-batches of a run from a step on: always the same number a step, an empty one where rows run out."
+    "The micro-batches of a run from a step on: always the same number a step, an empty one if rows run out."
     # several processes take turns: the first micro-batch of a step goes to the first process, the next to the next
     def __init__(self,
         n_rows:int,  # packed training rows
@@ -149,7 +149,7 @@ class MicroBatches:
 def where_to_predict(
     labels,  # (rows, tokens); -100 where nothing is to be learnt
 )->dict:  # predict, columns, picked: numbers of positions
-    "Where the next token has a label, found on the host, so that a device need not be asked."
+    "Where the next token has a label, found on the CPU, so that nobody has to wait for the GPU."
     learn = labels[:, 1:] != -100
     row, column = learn.nonzero(as_tuple=True)
     columns = learn.any(0).nonzero()[:, 0]  # positions at which any row has something to predict
@@ -167,7 +167,7 @@ class StepCollator:
         self.collate, self.states = PackedCollator(pad_id, loss_on, 64), states
 
     def __call__(self,
-        rows:list,  # dicts with input_ids, completion_mask, seq_lengths, and row (its number) where states are kept
+        rows:list,  # dicts with input_ids, completion_mask, seq_lengths, and row (its number) if states are kept
     )->dict:  # position_ids, labels, response, input_ids or kept_states; predict, columns, picked, document_lengths
         "A batch; for no rows at all, one that has nothing to learn."
         if not rows:
@@ -240,6 +240,7 @@ class PackedLoss(nn.Module):
         divisor = max(1, len(predict)) if divisor is None else divisor
         if self.head is not None and not each_token:
             hidden = self.tail.hidden(**feed).flatten(0, 1)[predict]
+            # self.head is a function, self.tail.head the layer whose weight it takes
             return self.head(hidden, self.tail.head.weight, targets, 1/divisor)
         more = dict(output_router_logits=True) if self.router_loss and not each_token else {}
         out = self.tail(**feed, logits_to_keep=columns, **more)
@@ -258,7 +259,7 @@ def row_sums(
     losses,  # of each labelled token, as PackedLoss gives them
     batch:dict,  # see `StepCollator`, on the CPU
 )->torch.Tensor:  # (rows, 4) in fp64: sum of the losses, their number, sum over response tokens, their number
-    "Sums of each row, on the host and in fp64, so that they depend on neither batch nor packing nor device."
+    "Sums of each row, on the CPU and in fp64, so that they depend on neither batch nor packing nor device."
     losses = losses.cpu().double()
     response = batch['response'].flatten()[batch['predict'] + 1].double()
     columns = torch.stack([losses, torch.ones_like(losses), losses*response, response], 1)
@@ -275,7 +276,7 @@ class PackedSFTTrainer(SFTTrainer):
         cfg:RunConfig,  # the run's options
         states=None,  # kept states of training and evaluation rows
         start:int=0,  # steps that were done before
-        stream=None,  # PackedStream (appendix A11), where rows are read as they are needed
+        stream=None,  # PackedStream (appendix A11), if rows are read as they are needed
         **kw,  # passed on to SFTTrainer
     ):
         pad_id = kw['processing_class'].pad_token_id
@@ -381,7 +382,7 @@ class LastEvaluation(TrainerCallback):
 # %% ../nbs/07_trainer.ipynb #07-dd2
 @dataclass
 class SameWeights(DistributedDataParallelKwargs):
-    "DDP's settings where all processes have loaded the same weights, which accelerate has no field for."
+    "DDP's settings if all processes have loaded the same weights, which accelerate has no field for."
     init_sync: bool = True
     forward_sync_buffers: bool = True
 
@@ -389,7 +390,7 @@ class SameWeights(DistributedDataParallelKwargs):
 def shard_by_layer(
     trainer,  # a trainer whose weights are to be spread over processes
 )->None:
-    "Tell accelerate what FSDP's units are; raises `Refused` where it would not do it."
+    "Tell accelerate what FSDP's units are; raises `Refused` if it would not do it."
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
     if not trainer.accelerator.is_fsdp2:
         found = trainer.accelerator.distributed_type.value
@@ -461,12 +462,12 @@ class StopAtNaN(TrainerCallback):
         norm = gathered(nn.utils.get_total_norm(gradients))
         loss, norm = torch.stack([self.trainer.step_loss.float(), norm.float()]).tolist()
         why, past = None, self.past[-20:]
-        if not math.isfinite(norm):
-            why = f'the gradient norm is {norm}; the step was not taken. Try a lower --lr'
+        mean = sum(past)/max(1, len(past))
         if not math.isfinite(loss):
             why = f'the loss is {loss}; the step was not taken. Try a lower --lr'
-        elif self.spike and len(past) >= 5 and loss > self.spike*sum(past)/len(past):
-            mean = sum(past)/len(past)
+        elif not math.isfinite(norm):  # gradients were clipped before this: an infinite one is NaN by now
+            why = f'the gradient norm is {norm}; the step was not taken. Try a lower --lr'
+        elif self.spike and len(past) >= 5 and loss > self.spike*mean:
             why = f'the loss is {loss:.4g}, more than {self.spike:g} times its running mean of {mean:.4g}; ' \
                   'the step was not taken'
         if why:
@@ -481,14 +482,16 @@ class StopAtNaN(TrainerCallback):
             batch = f'packed rows {", ".join(map(str, rows))}'
         else:
             batch = stream.where(step)
-        good = f'; {self.last_good()}' if self.last_good else ''
-        raise shared(Diverged(f'step {step + 1}: {why}. The batch: {batch}{good}'))
+        raise shared(Diverged(f'step {step + 1}: {why}. The batch: {batch}{self.advice()}'))
+
+    def advice(self):
+        "The end of a message: which checkpoint is good."
+        return f'; {self.last_good()}' if self.last_good else ''
 
     def on_evaluate(self, args, state, control, metrics=None, **kw):
         if metrics and not math.isfinite(metrics['eval_loss']):
-            good = f'; {self.last_good()}' if self.last_good else ''
             raise shared(Diverged(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}. "
-                                  f'Try a lower --lr{good}'))
+                                  f'Try a lower --lr{self.advice()}'))
 
 # %% ../nbs/07_trainer.ipynb #07-li2
 class Rotate(TrainerCallback):

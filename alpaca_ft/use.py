@@ -60,7 +60,7 @@ def check_room(
 def load_both(
     run,  # a run folder, a model folder, `demo` or a hub id
     dtype=None,  # of the weights; None: what this machine is fast in
-    trust_remote_code:bool=False,  # run Python code that comes with the model, also where the run did not
+    trust_remote_code:bool=False,  # run Python code that comes with the model, even if the run did not
 )->tuple:  # (model, tokenizer, the run's options or {})
     "Model and tokenizer behind a name."
     name, config = find_model(run)
@@ -74,7 +74,7 @@ def load_both(
 def ask_rows(
     file,  # .json, .jsonl or .parquet
     columns:dict=None,  # see `ask_row`
-)->list:  # dicts with instruction, input, and output where there is one
+)->list:  # dicts with instruction, input, and output if there is one
     "Rows to be answered; refused with the number of the first bad one."
     rows = []
     for i, raw in read_rows(file):
@@ -88,7 +88,7 @@ def ask_rows(
 # %% ../nbs/17_use.ipynb #17-012-s1
 def ask_row(
     raw,  # an object read from a file
-    columns:dict=None,  # the file's names for instruction, input, output or messages, where they are others
+    columns:dict=None,  # the file's names for instruction, input, output or messages, if they are others
 )->tuple:  # (dict of instruction, input and perhaps output and messages; what is wrong, or None)
     "A row to be answered; of a chat, its last answer, or the missing one if the user has the last word."
     if not isinstance(raw, dict):
@@ -115,7 +115,7 @@ def ask_row(
 def as_asked(
     row:dict,  # see `ask_row`
 )->dict:  # the same for a file of answers
-    "A row as it was asked; a chat is a list of turns again, which ends with the user where no answer was given."
+    "A row as it was asked; a chat is a list of turns again, which ends with the user if no answer was given."
     if not row.get('messages'):
         return row
     turns = json.loads(row['messages'])
@@ -181,7 +181,7 @@ def sample(
     max_new_tokens:int=256,  # in an answer, at most
     batch_size:int=16,  # prompts at once
     trust_remote_code:bool=False,  # run Python code that comes with the model
-)->str|None:  # the answers, where they do not go to a file
+)->str|None:  # the answers, if they do not go to a file
     "Answer one prompt or a file of rows, in the template of the training."
     rows = to_answer(run, instruction, input, file, to)
     model, tokenizer, config = load_both(run, trust_remote_code=trust_remote_code)
@@ -358,8 +358,8 @@ def verbatim(
 # %% ../nbs/17_use.ipynb #17-055
 def measured(
     run,  # a run folder
-)->list:  # paragraphs of Markdown; none where nothing was measured
-    "What `alpaca_ft evaluate` found, where it was asked."
+)->list:  # paragraphs of Markdown; none if nothing was measured
+    "What `alpaca_ft evaluate` found, if it was asked."
     path = Path(run)/'evaluation.json'
     if not path.exists():
         return []
@@ -643,7 +643,7 @@ def send(
     dtype:str,  # of the weights
     evaluation:dict,  # see `evaluation_of`
 )->None:
-    "Send a folder where it was asked for."
+    "Send a folder if it was asked for."
     where, _, target = push.partition(':')
     if where == 'hub':
         push_to_hub(folder, target)
