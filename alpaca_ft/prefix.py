@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['States', 'packed_lengths', 'rows_states', 'states_in_memory', 'with_row_numbers', 'drops_out', 'why_no_states',
            'memory_groups', 'available_memory', 'Keep', 'lock_of', 'kept_files', 'room_for_states', 'check_place',
-           'decide', 'file_sum', 'intact', 'map_states', 'write_states', 'make_room', 'there_already', 'states_on_disk',
-           'both_ways', 'try_tail', 'give_back_memory', 'WholeModel']
+           'decide', 'passes_needed', 'file_sum', 'intact', 'map_states', 'write_states', 'make_room', 'there_already',
+           'states_on_disk', 'both_ways', 'try_tail', 'give_back_memory', 'WholeModel']
 
 # %% ../nbs/09_prefix.ipynb #09-003
 import ctypes
 import json
+import math
 import mmap
 import os
 import shutil
@@ -252,6 +253,17 @@ def decide(
     if saved < passes/10:
         return Keep('off', f'{why}, too few for a file')
     return Keep('disk', why)
+
+# %% ../nbs/09_prefix.ipynb #09-043-n2
+def passes_needed(
+    steps:int,  # of the run
+    eval_every:int,  # steps between two evaluations
+    batch_size:int,  # packed rows in a step
+    n_test:int,  # packed evaluation rows
+)->int:
+    "How many rows go through the frozen layers in a run that keeps nothing."
+    evaluations = math.ceil(steps/eval_every) + 1
+    return steps*batch_size + evaluations*n_test
 
 # %% ../nbs/09_prefix.ipynb #09-050
 def file_sum(

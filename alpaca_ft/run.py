@@ -14,7 +14,6 @@ __all__ = ['LOCK', 'NOT_BEGUN', 'TOKENIZERS', 'Run', 'train', 'check_out', 'make
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
-import math
 import shutil
 import sys
 import time
@@ -42,8 +41,8 @@ from .memory import (GiveBack, as_bytes, at_work_already, bytes_of, counted_advi
                               memory_table, planned, twin)
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
-from .prefix import (WholeModel, decide, give_back_memory, packed_lengths, states_in_memory, states_on_disk,
-                     try_tail, why_no_states, with_row_numbers)
+from .prefix import (WholeModel, decide, give_back_memory, packed_lengths, passes_needed, states_in_memory,
+                              states_on_disk, try_tail, why_no_states, with_row_numbers)
 from .processes import (each_does, everyone, is_first, first_does, launch_name, may_restart, rank, restarts,
                                  shared, together)
 from .prompts import largest_id, tokenize, use_template
@@ -497,8 +496,7 @@ def decide_states(
     if why:
         r['prefix_says'] = f'computed each time ({why})'
         return
-    evaluations = math.ceil(r['steps']/r['eval_every']) + 1
-    passes = r['steps']*cfg.batch_size + evaluations*len(run.test)
+    passes = passes_needed(r['steps'], r['eval_every'], cfg.batch_size, len(run.test))
     rows = len(run.train) + len(run.test)
     if cfg.prefix_cache == 'auto' and passes <= rows:
         r['prefix_says'] = 'computed each time (fewer passes than there are rows)'

@@ -334,7 +334,7 @@ class PackedStream:
         return f'packed rows of {self.rows.source.name}, behind row {at["number"] if at else 0:,}'
 
     def loader(self, steps, start, collate, pin=False):
-        "What the trainer iterates over; in this process, for rows are packed by a thread already."
+        "What the trainer iterates over; in this process, because rows are packed by a thread already."
         batches = StreamBatches(self, steps, start, rank(), processes())
         return DataLoader(batches, batch_size=None, collate_fn=collate, generator=torch.Generator(), pin_memory=pin)
 

@@ -505,7 +505,7 @@ class Rotate(TrainerCallback):
         self.every = cfg.rotate_every or math.ceil(steps/10)
         self.layers = layer_weights(trainer.model.tail.model)
 
-    def set(self, numbers):
+    def let_train(self, numbers):
         "Let these layers train and all others rest."
         for i, weights in enumerate(self.layers):
             for p in weights:
@@ -518,7 +518,7 @@ class Rotate(TrainerCallback):
         period = state.global_step//self.every
         if period != self.period:
             self.period = period
-            self.set(drawn(period, len(self.layers), self.cfg.rotate, self.cfg.seed))
+            self.let_train(drawn(period, len(self.layers), self.cfg.rotate, self.cfg.seed))
 
     def on_train_end(self, args, state, control, **kw):
         for weights in self.layers:

@@ -47,7 +47,7 @@ EVAL_EVERY = 3  # optimizer steps between evaluations
 SAVE_EVERY = 2  # optimizer steps between the checkpoints of a run that is killed
 KILLED_AT = 4  # the optimizer step before which it is killed: one step is lost, and an evaluation with it
 LIMIT = 180  # seconds that a cell may take
-SCALE = 5  # the random weights are made so much larger, for a flat model would show no errors
+SCALE = 5  # the random weights are made so much larger, because a flat model would show no errors
 
 # How far a run's numbers may be from the oracle's, relative to them. In fp32 only the order of additions differs:
 # 1.5e-6 is 1e-5 of a loss of 6.5. In bf16 a product has 8 bits, and a packed row is cut into other blocks than its

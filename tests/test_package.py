@@ -200,7 +200,7 @@ def test_lines():
 
 
 def test_text_is_utf8():
-    "Text files are opened with an encoding, for a system's own may be another."
+    "Text files are opened with an encoding, because a system's own may be another."
     for path in (root/'alpaca_ft').glob('*.py'):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if not isinstance(node, ast.Call):

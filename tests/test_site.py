@@ -113,7 +113,7 @@ def test_api(site):
 
 @pytest.fixture(scope='module')
 def served(site):
-    "The site on this machine, for a page read from a file may not use workers."
+    "The site on this machine, because a page read from a file may not use workers."
     import functools, http.server, threading
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
