@@ -326,7 +326,7 @@ def test_killed_while_states_are_written(here, tiny, rows, cache):
 
 
 def test_auto_turns_off(here, rows, tokenizer, capfd):
-    "A model that hands no arguments on to its layers cannot take kept states: `auto` says so, a wish is refused."
+    "A model that passes no arguments on to its layers cannot take kept states: `auto` says so, a wish is refused."
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
     torch.manual_seed(0)
     GPTNeoForCausalLM(GPTNeoConfig(vocab_size=640, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=64,
