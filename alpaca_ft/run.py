@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'NOT_BEGUN', 'TOKENIZERS', 'Run', 'train', 'check_out', 'make_folder', 'run_folder', 'the_folder',
-           'check_share', 'untracked', 'started_again', 'read_and_pack', 'stream_report', 'pack_rows', 'largest_token',
-           'check_fit', 'load_whole', 'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient',
-           'measure_step', 'decide_states', 'decide_by_layer', 'preflight', 'known', 'count_memory', 'notes', 'check',
-           'memory_report', 'config_alone', 'check_tokenizer', 'prepare_shape', 'agree', 'other_states', 'go_on',
-           'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer', 'what_trains',
-           'release_frozen', 'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result',
-           'what_is_left', 'in_a_line', 'finish']
+           'check_share', 'untracked', 'started_again', 'begin_stream', 'read_and_pack', 'stream_report', 'pack_rows',
+           'largest_token', 'check_fit', 'load_whole', 'prepare', 'fullest_row', 'probe', 'synchronize',
+           'may_be_without_gradient', 'measure_step', 'decide_states', 'decide_by_layer', 'preflight', 'known',
+           'count_memory', 'notes', 'check', 'memory_report', 'config_alone', 'check_tokenizer', 'prepare_shape',
+           'agree', 'other_states', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states',
+           'keep_by_layer', 'what_trains', 'release_frozen', 'add_samples', 'build_trainer', 'stopped_by_rows',
+           'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -253,32 +253,39 @@ def started_again(
     return replace(cfg, resume=True)
 
 # %% ../nbs/16_run.ipynb #16-027
+def begin_stream(
+    run,  # Run with its tokenizer; gets a stream, and the rows of its first window, packed
+)->None:
+    "Open a stream, and pack its first window, which stands for all rows in the checks."
+    from datasets import DatasetDict
+    cfg = run.cfg
+    rows = open_stream(cfg, run.tokenizer)
+    first = rows.portion(START)
+    if not first.rows:
+        raise Refused(f'{cfg.data}: no row is left to train on; give more rows, or other ones as --eval-data')
+    run.rows = DatasetDict(train=as_dataset(first.rows), test=rows.test)
+    run.stream = PackedStream(rows, run.tokenizer, cfg)
+    if cfg.epochs or not cfg.max_steps:
+        count(run.stream)
+    pack_rows(run, first.bad)
+    total = run.stream.total
+    refused, repeated = (total['bad'], total['repeated']) if total else (first.n_bad, first.repeated)
+    run.report['rows_refused'] = refused
+    run.report['stream'] = dict(source=str(cfg.data), bytes=rows.source.bytes, counted=bool(total), repeated=repeated)
+
 def read_and_pack(
     run,  # Run; gets rows, tokenizer and packed rows, and a stream if that was asked for
 )->None:
     "Rows as the options say, checked, tokenized and packed; of a stream its first window."
-    from datasets import DatasetDict
-    cfg, rows, bad = run.cfg, None, []
+    cfg = run.cfg
     find_rows(cfg.data)  # what is not there is refused before a tokenizer is fetched
     run.tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
     use_template(run.tokenizer, cfg.template)
     if cfg.stream:
-        rows = open_stream(cfg, run.tokenizer)
-        first = rows.portion(START)
-        if not first.rows:
-            raise Refused(f'{cfg.data}: no row is left to train on; give more rows, or other ones as --eval-data')
-        run.rows = DatasetDict(train=as_dataset(first.rows), test=rows.test)
-    else:
-        run.rows, bad = load_rows(cfg, run.tokenizer)
-    if cfg.stream:
-        run.stream, bad = PackedStream(rows, run.tokenizer, cfg), first.bad
-        if cfg.epochs or not cfg.max_steps:
-            count(run.stream)
+        begin_stream(run)
+        return
+    run.rows, bad = load_rows(cfg, run.tokenizer)
     pack_rows(run, bad)
-    if cfg.stream:
-        run.report['rows_refused'] = (run.stream.total or dict(bad=first.n_bad))['bad']
-        run.report['stream'] = dict(source=str(cfg.data), bytes=rows.source.bytes, counted=bool(run.stream.total),
-                                    repeated=(run.stream.total or dict(repeated=first.repeated))['repeated'])
 
 def stream_report(
     stream,  # PackedStream
@@ -854,6 +861,16 @@ def release_frozen(
         run.model = None
         run.whole.release(loss.tail)
 
+def add_samples(
+    run,  # Run with its folder
+    trainer,  # of the run
+)->None:
+    "Let the model be sampled before training and at each evaluation."
+    cfg = run.cfg
+    room = prompt_room(run.shape.config, cfg.seq_len, cfg.max_new_tokens)
+    trainer.add_callback(LLMSampleCB(trainer, run.rows['test'], cfg.n_samples, cfg.max_new_tokens,
+                                     run.out/'samples.jsonl', run.whole.use_by_all, max_prompt_tokens=room))
+
 def build_trainer(
     run,  # Run, prepared
     tracker:Tracker,  # that was started
@@ -887,9 +904,7 @@ def build_trainer(
         trainer.add_callback(best)
     release_frozen(run, loss)
     if cfg.n_samples and not run.large:
-        room = prompt_room(run.shape.config, cfg.seq_len, cfg.max_new_tokens)
-        trainer.add_callback(LLMSampleCB(trainer, run.rows['test'], cfg.n_samples, cfg.max_new_tokens,
-                                         out/'samples.jsonl', run.whole.use_by_all, max_prompt_tokens=room))
+        add_samples(run, trainer)
     if run.place.device.type == 'cpu':
         trainer.add_callback(GiveBack(run.report['gives_back']))
     for cb in (*tracker.callbacks, ReportCB(out), *callbacks):
