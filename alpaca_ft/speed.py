@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from .data import Refused
 from .model import Attention, Tail, in_bf16
+from .packing import evaluating, two_documents
 from .trainer import PackedLoss, StepCollator, on_device
 
 # %% ../nbs/11_speed.ipynb #11-008
@@ -163,19 +164,11 @@ def leakage_between(
     "Change every token of a row's first document, and see whether the second one notices."
     if len(row['seq_lengths']) < 2:
         return 0.
-    a, b = (min(n, max_tokens//2) for n in row['seq_lengths'][:2])
-    start, device = row['seq_lengths'][0], tail.head.weight.device
-    ids = torch.tensor([row['input_ids'][:a] + row['input_ids'][start:start + b]])
-    other = ids.clone()
-    other[:, :a] = (other[:, :a] + 1) % tail.config.get_text_config().vocab_size
-    positions = torch.cat([torch.arange(a), torch.arange(b)])[None].to(device)
-    training = tail.training
-    tail.eval()
-    logits = []
-    with torch.no_grad():
+    ids, other, positions, n = two_documents(row, max_tokens, tail.config.get_text_config().vocab_size)
+    device, lengths, logits = tail.head.weight.device, [[n, ids.shape[1] - n]], []
+    with evaluating(tail):
         for x in (ids, other):
-            logits.append(tail(positions, [[a, b]], input_ids=x.to(device)).logits[0, a:])
-    tail.train(training)
+            logits.append(tail(positions.to(device), lengths, input_ids=x.to(device)).logits[0, n:])
     difference = (logits[0] - logits[1]).abs().max().item()
     if has_experts(tail.config) and difference < rounding(logits[0]):
         return 0.  # documents share an expert's matrix product, and its rounding depends on how many tokens it gets

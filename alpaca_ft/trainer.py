@@ -30,7 +30,7 @@ from .data import Refused
 from .files import append_jsonl
 from .model import Tail, checkpoint_trained, decoder_layers, drawn, layer_weights
 from .options import RunConfig, plan
-from .packing import PackedCollator
+from .packing import PackedCollator, evaluating
 from .processes import added, alone_on_cpu, everyone, is_first, processes, rank, shared, wants, gathered
 # importable from here, as ever
 from .options import CHOICES, PRESETS, check_options, option_help, read_config  # noqa: F401
@@ -354,10 +354,8 @@ class PackedSFTTrainer(SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
         "Loss over all tokens and over response tokens, weighted by tokens: the same for any batch size and packing."
-        training = self.model.training
-        self.model.eval()
         rows = []
-        with torch.no_grad():
+        with evaluating(self.model):
             for batch in self.get_eval_dataloader(eval_dataset):
                 losses = self.model(**on_device(batch, self.args.device), each_token=True)
                 rows.append(row_sums(losses, batch))
@@ -369,7 +367,6 @@ class PackedSFTTrainer(SFTTrainer):
                    f'{metric_key_prefix}_response_loss': response_loss/n_response if n_response else None}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train(training)
         return metrics
 
 # %% ../nbs/07_trainer.ipynb #07-054
