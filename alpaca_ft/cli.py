@@ -80,7 +80,7 @@ COMMANDS = dict(  # command: (help, 'module:function', {argument: how argparse t
         'run': _run,
         '--instruction': dict(metavar='TEXT', help='one prompt'),
         '--input': dict(default='', metavar='TEXT', help='its input'),
-        '--file': dict(metavar='ROWS', help='a file of rows (.json, .jsonl, .parquet)'),
+        '--file': dict(metavar='ROWS', help='a file of rows (.json, .jsonl, .csv, .parquet)'),
         '--to': dict(metavar='FILE', help='JSON lines, instead of printing'),
         '--max-new-tokens': _tokens,
         '--batch-size': dict(type=int, default=16, metavar='N', help='prompts at once [16]'),

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 
-from .formats import as_row
+from .formats import as_row, named
 
 # %% ../nbs/01_data.ipynb #01-007
 class Refused(ValueError):
@@ -130,23 +130,25 @@ def _first_line(
     return said[0][:160] if said else type(error).__name__
 
 # %% ../nbs/01_data.ipynb #01-017
-_suffixes = ('.json', '.jsonl', '.ndjson', '.parquet')
+_suffixes = ('.json', '.jsonl', '.ndjson', '.csv', '.tsv', '.parquet')
 
 def iter_rows(
-    path,  # a `.json`, `.jsonl`, `.ndjson` or `.parquet` file
+    path,  # a `.json`, `.jsonl`, `.ndjson`, `.csv`, `.tsv` or `.parquet` file
 ):  # (row number from 1, row), one at a time
     "Read a file row by row (a JSON list is read whole); refused if it is not what its name says."
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _suffixes:
-        raise Refused(f'{path}: unknown file type {path.suffix!r}; use .json, .jsonl or .parquet')
+        raise Refused(f'{path}: unknown file type {path.suffix!r}; use .json, .jsonl, .csv, .tsv or .parquet')
     if suffix == '.parquet':
         yield from _parquet_rows(path)
+    elif suffix in ('.csv', '.tsv'):
+        yield from _csv_rows(path)
     else:
         yield from _json_rows(path)
 
 def read_rows(
-    path,  # a `.json`, `.jsonl`, `.ndjson` or `.parquet` file
+    path,  # a `.json`, `.jsonl`, `.ndjson`, `.csv`, `.tsv` or `.parquet` file
 )->list:  # (row number from 1, row) pairs
     "All rows of a file, see `iter_rows`."
     return list(iter_rows(path))
@@ -156,6 +158,9 @@ MAX_CHARS = 1_000_000  # characters in one field; the longest response of the GP
 _control = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]')
 _heading = re.compile(r'^### (Instruction|Input|Response):\s*$', re.M)
 _surrogate = re.compile('[\ud800-\udfff]')
+
+class _Misfit(str):
+    "What is wrong with a line of a table that is no row."
 
 # %% ../nbs/01_data.ipynb #01-025
 def _field_problem(
@@ -184,6 +189,8 @@ def row_problem(
     row,  # an object read from a file
 )->str|None:  # what is wrong with it, or None
     "Say what makes a row unfit to train on."
+    if isinstance(row, _Misfit):
+        return str(row)
     if not isinstance(row, dict):
         return f'of type {type(row).__name__}, not an object with instruction, input and output'
     for name in ('instruction', 'output'):
@@ -201,6 +208,17 @@ def row_problem(
             return problem
     return None
 
+# %% ../nbs/01_data.ipynb #01-tidy
+def _tidy(
+    row:dict,  # instruction, input, perhaps output; no text or None where it has none
+)->dict:  # the same, its texts as they are trained on
+    "A blank input becomes an empty one, and lines end in a newline alone."
+    row = row | dict(input=row.get('input') or '')
+    for name in _columns:
+        if row.get(name):
+            row[name] = row[name].replace('\r\n', '\n')
+    return row if row['input'].strip() else row | dict(input='')
+
 # %% ../nbs/01_data.ipynb #01-033
 def one_row(
     raw,  # an object read from a file
@@ -212,7 +230,7 @@ def one_row(
     problem = problem or row_problem(row)
     if problem:
         return raw, problem
-    row = row | dict(input=row['input'] or '')
+    row = _tidy(row)
     return row, check(row) if check else None
 
 # %% ../nbs/01_data.ipynb #01-033-s1
@@ -286,18 +304,25 @@ def _split_of(
     return 'train'
 
 # %% ../nbs/01_data.ipynb #01-049
+_notes = {'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json'}  # what `datasets` writes beside rows
+
 def _row_files(
     folder:Path,  # looked through with its subfolders
 )->list:  # paths in sorted order
-    "The files that rows are read from, by their suffix; hidden files and subfolders (a dot first) are passed over."
+    "The files that rows are read from, by their suffix; hidden ones (a dot first), runs and notes are passed over."
     def refuse(error):
         raise Refused(f'{error.filename}: cannot be read ({error.strerror}); check its permissions')
 
     found = []
     for place, subfolders, names in os.walk(folder, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith('.')]
+        if {'config.yaml', 'preflight.json'} <= set(names):  # a run
+            subfolders.clear()
+            continue
         for name in names:
             path = Path(place)/name
+            if name in _notes or name == 'state.json' and 'dataset_info.json' in names:
+                continue
             if path.suffix.lower() in _suffixes and not name.startswith('.'):
                 found.append(path)
     return sorted(found)
@@ -356,14 +381,18 @@ def _folder_splits(
 )->dict:  # `train`, `test`, or both: paths
     "The files of each split of a folder that is used."
     paths = _row_files(folder)
+    if not paths and any(folder.rglob('*.arrow')):
+        raise Refused(f'{folder}: was saved by datasets; read it with datasets.load_from_disk, and write each split to '
+                      'a file with to_parquet')
     if not paths:
-        raise Refused(f'{folder}: no .json or .jsonl files, nor .ndjson or .parquet; '
+        raise Refused(f'{folder}: no .json or .jsonl files, nor .ndjson, .csv, .tsv or .parquet; '
                       'expected alpaca_gpt4_train.jsonl and alpaca_gpt4_eval.jsonl, or others with rows')
     splits = {}
     for path in paths:
         splits.setdefault(_split_of(path.relative_to(folder)), []).append(path)
     return _train_and_test(splits, folder)
 
+# %% ../nbs/01_data.ipynb #01-lf1
 def _load_folder(
     folder:Path,  # files of rows, in subfolders too
     skip_bad:bool,  # leave bad rows out instead of refusing
@@ -394,7 +423,7 @@ def find_rows(
         path = fetch_artifact(source)
     if path.exists():
         return path
-    if path.suffix.lower() in (*_suffixes, '.csv', '.txt', '.gz') or not _hub.match(source):
+    if path.suffix.lower() in (*_suffixes, '.txt', '.gz') or not _hub.match(source):
         raise Refused(f'{source}: no such file or folder; '
                       'give a path, `builtin`, `demo`, entity/project/name:alias or a hub id')
     return None
@@ -565,6 +594,55 @@ def _deepest_row(
         if depth > deepest:
             deepest, answer = depth, number
     return answer
+
+# %% ../nbs/01_data.ipynb #01-csv2
+def _column_names(
+    path:Path,  # the file, for messages
+    cells:list,  # its first row
+)->list:  # names
+    "The names of a table's columns; refused where one is there twice."
+    names = [cell.strip() for cell in cells]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise Refused(f'{path}: names the column {named([name])} twice; rename one of them')
+    return names
+
+# %% ../nbs/01_data.ipynb #01-csv2-s1
+def _table_rows(
+    file,  # open for reading, its line ends as they are
+    path:Path,  # its name
+):  # (row number, row), one at a time
+    "The rows of a table whose first row names the columns; its first line has most of the delimiter."
+    import csv
+    csv.field_size_limit(4*MAX_CHARS)  # a quote that is never closed is noticed there
+    first, number, names = file.readline(), 0, None
+    delimiter = '\t' if path.suffix.lower() == '.tsv' else max(',;\t', key=first.count)
+    try:
+        for number, cells in enumerate(csv.reader(chain([first], file), delimiter=delimiter, strict=True), 1):
+            if not any(cells):
+                continue
+            if names is None:
+                names = _column_names(path, cells)
+            elif len(cells) == len(names):
+                yield number, dict(zip(names, cells))
+            else:
+                yield number, _Misfit(f'the number of its cells is {len(cells)}, where the first row names '
+                                      f'{len(names)} columns; a text with {delimiter!r} in it needs double quotes')
+    except csv.Error as e:
+        raise Refused(f'{path}: row {number + 1} is not valid CSV ({e}); is a double quote missing?') from None
+
+# %% ../nbs/01_data.ipynb #01-csv2-s2
+def _csv_rows(
+    path:Path,  # a CSV or TSV file in UTF-8; a byte order mark is fine
+):  # (row number, row), one at a time
+    "The rows of a CSV or TSV file."
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as f:
+            yield from _table_rows(f, path)
+    except UnicodeDecodeError:
+        raise Refused(f'{path}: is not UTF-8; save the file as UTF-8 (Excel calls it "CSV UTF-8")') from None
+    except OSError as e:
+        raise Refused(f'{path}: cannot be read ({e.strerror}); check the path and its permissions') from None
 
 # %% ../nbs/01_data.ipynb #01-086
 def cache_dir()->Path:  # $ALPACA_FT_CACHE, else $XDG_CACHE_HOME/alpaca_ft, else ~/.cache/alpaca_ft

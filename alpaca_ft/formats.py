@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'USUAL', 'ROLES', 'parse_columns', 'named', 'hint', 'one_turn', 'chat_turns', 'chat_row', 'file_row',
-           'from_chat', 'IfThere', 'as_row']
+           'from_chat', 'turns_before', 'with_turns', 'IfThere', 'as_row']
 
 # %% ../nbs/a6_formats.ipynb #a6-002
 import json
@@ -37,8 +37,11 @@ USUAL = dict(
 def named(
     names,  # of columns, as a file has them
 )->str:  # some of them, in one harmless line
-    "The names of columns, for a message."
-    return ', '.join(ascii(str(name)[:30])[1:-1] for name in list(names)[:8])  # printable, without quotes
+    "The names of columns, for a message; of what does not print, the code."
+    shown = []
+    for name in list(names)[:8]:
+        shown.append(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name)[:30]))
+    return ', '.join(shown)
 
 # %% ../nbs/a6_formats.ipynb #a6-009-s1
 def hint(
@@ -82,7 +85,7 @@ def one_turn(
         content = ''.join(texts)
     if not isinstance(content, str) or not content.strip():
         return None, f'{where} has no text'
-    return dict(role=ROLES[role.lower()], content=content), None
+    return dict(role=ROLES[role.lower()], content=content.replace('\r\n', '\n')), None
 
 # %% ../nbs/a6_formats.ipynb #a6-017
 def chat_turns(
@@ -138,6 +141,38 @@ def from_chat(
     chat, problem = chat_turns(name, turns)
     return (raw, problem) if problem else (chat_row(chat), None)
 
+# %% ../nbs/a6_formats.ipynb #a6-tb1
+def turns_before(
+    raw:dict,  # an object read from a file
+    used,  # names of its columns that play a part already
+)->tuple:  # (list of turns, which are not checked yet; what is wrong, or None)
+    "The turns that stand before a row's own: those of its fields `system` and `history`."
+    there = {}
+    for name in ('system', 'history', 'tools'):
+        if raw.get(name) and name not in used and str(raw[name]).strip() not in ('', '[]'):
+            there[name] = raw[name]
+    if 'tools' in there:
+        return [], 'tools is not empty, and calls of tools are not trained; remove it'
+    turns = [dict(role='system', content=there['system'])] if 'system' in there else []
+    history = there.get('history', [])
+    for pair in history if isinstance(history, list) else [None]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            return [], 'history is not a list of pairs of question and answer; write them so, or rename it'
+        turns += [dict(role='user', content=pair[0]), dict(role='assistant', content=pair[1])]
+    return turns, None
+
+# %% ../nbs/a6_formats.ipynb #a6-tb2
+def with_turns(
+    row:dict,  # instruction, input, output
+    before:list,  # see `turns_before`
+)->tuple:  # see `as_row`
+    "A row of three columns, as a chat where turns stand before it."
+    if not before or not all(isinstance(text or '', str) for text in row.values()):
+        return row, None
+    asked = row['instruction'] + (f"\n\n{row['input']}" if row['input'] else '')
+    own = [dict(role='user', content=asked), dict(role='assistant', content=row['output'])]
+    return from_chat(row, 'system and history', before + own)
+
 # %% ../nbs/a6_formats.ipynb #a6-026
 class IfThere(dict):
     "Names for our columns that a row may have; for one that it lacks, our own name counts."
@@ -156,15 +191,19 @@ def as_row(
         if source not in raw and part != 'input':
             return raw, f'has no column {source!r}; its columns are {named(raw)}'
     row = {part: raw.get(columns.get(part, part)) for part in PARTS}
+    before, problem = turns_before(raw, columns.values())
+    if problem:
+        return raw, problem
     if row['instruction'] is not None and row['output'] is not None and 'messages' not in columns:
-        return {part: row[part] for part in ('instruction', 'input', 'output')}, None
+        return with_turns({part: row[part] for part in ('instruction', 'input', 'output')}, before)
     for name in (columns.get('messages', 'messages'), 'conversations'):
         if raw.get(name) is not None:
-            return from_chat(raw, name, raw[name])
+            turns = raw[name]
+            return from_chat(raw, name, before + turns if isinstance(turns, list) and turns else turns)
     given, answer = raw.get('prompt'), raw.get('completion')
     if isinstance(given, list) and isinstance(answer, list):
-        return from_chat(raw, 'prompt and completion', given + answer)
+        return from_chat(raw, 'prompt and completion', before + given + answer)
     if isinstance(given, str) and isinstance(answer, str):
-        return dict(instruction=given, input='', output=answer), None
+        return with_turns(dict(instruction=given, input='', output=answer), before)
     missing = 'instruction' if row['instruction'] is None else 'output'
     return raw, f'{missing} is missing{hint(raw)}'

@@ -32,8 +32,8 @@ def option(
 class RunConfig:
     "Every option of a run. The defaults: SmolLM2-135M on the built-in rows, one epoch, loss on all tokens."
     model:str = option('demo', '`demo`, a folder, or a hub id of a causal language model')
-    data:str = option('builtin', '`builtin` or `demo` rows, a file (.json, .jsonl, .parquet), a folder, a W&B artifact '
-                      'entity/project/name:alias, or a hub id')
+    data:str = option('builtin', '`builtin` or `demo` rows, a file (.json, .jsonl, .csv, .parquet), a folder, a W&B '
+                      'artifact entity/project/name:alias, or a hub id')
     eval_data:str = option(None, "rows to evaluate on; none: the source's own test split, or a tenth of the rows "
                            '(at most 1000)')
     columns:str = option(None, "the rows' names for our columns, as in instruction=question,output=answer; none: the "

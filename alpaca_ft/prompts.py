@@ -177,7 +177,7 @@ def use_template(
         return
     if template != 'chat':
         try:
-            tokenizer.chat_template = Path(template).read_text(encoding='utf-8')
+            tokenizer.chat_template = Path(template).read_text(encoding='utf-8-sig')
         except (OSError, UnicodeDecodeError) as e:
             raise Refused(f'template: {template} cannot be read ({getattr(e, "strerror", None) or e}); '
                           'give alpaca, chat or a file of Jinja') from None

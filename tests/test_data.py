@@ -140,9 +140,136 @@ def test_other_files(here):
 
 def test_json_that_is_no_rows(here):
     write(here/'a/train.jsonl', some(0))
-    (here/'a/dataset_infos.json').write_text('{"default": {"splits": {}}}')
-    with pytest.raises(Refused, match='dataset_infos.json: row 1: instruction is missing'):
+    (here/'a/notes.json').write_text('{"default": {"splits": {}}}')
+    with pytest.raises(Refused, match='notes.json: row 1: instruction is missing'):
         load_alpaca('a')
+
+
+def test_what_lies_beside_rows(here):
+    "A clone of a data set, and runs in the folder of their rows: neither's own files are taken for rows."
+    write(here/'a/data/train.jsonl', some(0))
+    (here/'a/dataset_infos.json').write_text('{"default": {"splits": {}}}')
+    (here/'a/run/model').mkdir(parents=True)
+    for name in ('config.yaml', 'preflight.json', 'metrics.jsonl', 'model/config.json'):
+        (here/'a/run'/name).write_text('{"step": 1}')
+    assert loaded('a') == dict(train=some(0))
+    (here/'b').mkdir()
+    write(here/'b/state.json', some(4))
+    (here/'b/config.yaml').write_text('mine: true')
+    assert loaded('b') == dict(train=some(4))
+
+
+def test_saved_by_datasets(here):
+    "What save_to_disk leaves, of one split and of several: refused with the way to a file that can be read."
+    from datasets import Dataset, DatasetDict
+    ds = Dataset.from_list(some(0))
+    ds.save_to_disk('one')
+    DatasetDict(train=ds).save_to_disk('more')
+    for name in ('one', 'more'):
+        with pytest.raises(Refused, match=f'^{name}: was saved by datasets; .*to_parquet'):
+            load_alpaca(name)
+
+
+HARD = [dict(instruction='Sag "Hallo"; oder, so.', input='', output='Hallo 😀'),
+        dict(instruction='Three lines', input='a\n\nb', output='1'),
+        dict(instruction=' x ', input='', output="it's; \t, all")]
+
+
+@pytest.mark.parametrize('name,delimiter,mark,end', [
+    ('a.csv', ',', '', '\n'), ('a.csv', ';', '\ufeff', '\r\n'), ('a.CSV', '\t', '', '\r\n'),
+    ('a.tsv', '\t', '\ufeff', '\r\n')])
+def test_csv(name, delimiter, mark, end, here):
+    "As Excel and others write it: the rows of the same JSON lines; numbers are texts."
+    import csv
+    with open(name, 'w', newline='', encoding='utf-8') as f:
+        f.write(mark)
+        table = csv.writer(f, delimiter=delimiter, lineterminator=end)
+        table.writerow(['id', *HARD[0]])
+        table.writerows([i, *row.values()] for i, row in enumerate(HARD))
+        f.write(delimiter*3 + end + end)
+    assert loaded(name) == dict(train=HARD)
+    assert [number for number, _ in read_rows(name)] == [2, 3, 4]
+    (here/'folder').mkdir()
+    (here/name).rename(here/'folder'/f'train{name[1:]}')
+    assert loaded('folder') == dict(train=HARD)
+
+
+@pytest.mark.parametrize('text,why', [
+    (b'instruction,output\nHi,Hello, you.\n', 'a.csv: row 2: the number of its cells is 3, where the first row names'),
+    (b'instruction,output\nHi,Hello.\nHi\n', 'a.csv: row 3: the number of its cells is 1, where'),
+    (b'instruction,output\nHi,"Hello.\nHi,x\n', 'a.csv: row 2 is not valid CSV (unexpected end of data)'),
+    (b'instruction,output\nHi,"a"b\n', 'a.csv: row 2 is not valid CSV'),
+    ('instruction,output\nHi,é\n'.encode('latin-1'), 'a.csv: is not UTF-8'),
+    ('instruction,output\nHi,x\n'.encode('utf-16'), 'a.csv: is not UTF-8'),
+    (b'question;answer\nHi;x\n', 'give --columns instruction=question,output=answer'),
+    (b'output,instruction,output\nHi,x,y\n', 'a.csv: names the column output twice'),
+    (b'', 'a.csv: no usable rows'),
+    (b'instruction,output\n', 'a.csv: no usable rows')])
+def test_csv_that_is_none(text, why, here):
+    (here/'a.csv').write_bytes(text)
+    with pytest.raises(Refused) as e:
+        load_alpaca('a.csv')
+    assert why in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert 'cells' not in why or len(load_alpaca_or_none('a.csv')) == ('row 3' in why)
+
+
+def load_alpaca_or_none(source):
+    "The good rows."
+    try:
+        return load_alpaca(source, skip_bad=True)['train']
+    except Refused:
+        return []
+
+
+def test_csv_is_not_streamed(here):
+    from alpaca_ft import RunConfig, open_stream
+    (here/'a.csv').write_text('instruction,output\nHi,x\n')
+    with pytest.raises(Refused, match=r"a.csv: '.csv' is not streamed"):
+        open_stream(RunConfig(data='a.csv', stream=True))
+    write(here/'b/train.jsonl', some(0))
+    (here/'a.csv').rename(here/'b/train.csv')
+    with pytest.raises(Refused, match=r"b/train.csv: '.csv' is not streamed"):
+        open_stream(RunConfig(data='b', stream=True))
+
+
+def test_system_and_history(here):
+    "The fields of LLaMA-Factory's rows are turns of the chat; what cannot be one is named."
+    from alpaca_ft import as_row
+    row = dict(instruction='And now?', input='', output='Arr.')
+    assert as_row(row | dict(system='', history=[], tools='[]')) == (row, None)
+    pirate = row | dict(system='You are a pirate.', history=[['Hi.', 'Ahoy.']], input='Say it.')
+    chat = [dict(role='system', content='You are a pirate.'), dict(role='user', content='Hi.'),
+            dict(role='assistant', content='Ahoy.'), dict(role='user', content='And now?\n\nSay it.'),
+            dict(role='assistant', content='Arr.')]
+    made, problem = as_row(pirate)
+    assert problem is None and json.loads(made['messages']) == chat
+    turns = [{'from': dict(assistant='gpt').get(turn['role'], 'human'), 'value': turn['content']} for turn in chat[1:]]
+    assert as_row(dict(system='You are a pirate.', conversations=turns)) == (made, None)
+    brief = as_row(dict(system='Be brief.', prompt='a', completion='b'))[0]
+    assert json.loads(brief['messages'])[0] == dict(role='system', content='Be brief.')
+    assert as_row(dict(system='Sort.', text='x', output='y'), dict(instruction='system', input='text'))[0] == dict(
+        instruction='Sort.', input='x', output='y')
+    for more, why in ((dict(history='He fell ill.'), 'history is not a list of'), (dict(history=[['a']]), 'history is'),
+                      (dict(system=['x']), 'turn 1 has parts'), (dict(tools=[{'name': 'f'}]), 'tools is not empty'),
+                      (dict(history=[['a', '']]), 'turn 2 has no text')):
+        assert why in as_row(row | more)[1], more
+    assert as_row(row | dict(system='x', instruction=3))[0]['instruction'] == 3  # `row_problem` names it
+    write(here/'a.jsonl', [pirate]*3)
+    assert 'messages' in load_alpaca('a.jsonl')['train'].column_names
+
+
+def test_ends_of_lines_and_blank_inputs(here):
+    "A blank is no input, and lines end as everywhere."
+    chat = [dict(role='user', content='a\r\nb'), dict(role='assistant', content='c\r\n\r\nd')]
+    write(here/'a.jsonl', [dict(instruction='a\r\nb', input=' ', output='c\r\n\r\nd'), dict(messages=chat)])
+    assert loaded('a.jsonl')['train'] == [dict(instruction='a\nb', input='', output='c\n\nd')]*2
+
+
+def test_names_in_other_scripts(here):
+    "Column names can be copied from the message; what does not print cannot."
+    write(here/'a.jsonl', [{'问题': 'x', 'a\x1b\u202e': 'y'}])
+    with pytest.raises(Refused, match=r'it has 问题, a\\x1b\\u202e: say with --columns'):
+        load_alpaca('a.jsonl')
 
 
 def test_a_bad_row_is_found_in_its_file(here):
@@ -242,6 +369,7 @@ def test_an_error_without_words(monkeypatch, here):
         raise AssertionError
 
     monkeypatch.setattr(wandb, 'Api', nothing)
+    monkeypatch.setenv('WANDB_API_KEY', 'x'*40)
     with pytest.raises(Refused, match='not available .AssertionError.'):
         load_alpaca('me/proj/data:v0')
 

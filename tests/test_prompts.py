@@ -43,6 +43,18 @@ def test_cut_inside_a_character(room, kind, tokenizer):
             assert room - 6 <= len(prompt_ids(prompt, tok)) <= room and prompt.endswith('\n\n### Response:\n')
 
 
+def test_template_with_a_byte_order_mark(tokenizer, tmp_path):
+    "A file of Jinja saved with a mark gives the same prompts as one without."
+    from alpaca_ft.prompts import row_prompt, use_template
+    prompts = []
+    for mark in (b'', b'\xef\xbb\xbf'):
+        (tmp_path/'a.jinja').write_bytes(mark + b"{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+        tok = copy.deepcopy(tokenizer)
+        use_template(tok, str(tmp_path/'a.jinja'))
+        prompts.append(row_prompt(dict(instruction='Say hi.', input=''), tok))
+    assert prompts[0] == prompts[1] == 'Say hi.</s>'
+
+
 def in_time(f, *args):
     "What a function returns, unless it takes ten seconds."
     def late(*_):

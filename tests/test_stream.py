@@ -156,7 +156,7 @@ def test_refused(argv, command, here, made):
     assert 'no usable rows' in why(rows='\n\n')
     assert 'no row is left to train on' in why(rows=json.dumps(made[0]))
     Path('my.jsonl.gz').write_bytes(b'')
-    assert "unknown file type '.gz'" in why('--data=my.jsonl.gz')
+    assert "'.gz' is not streamed" in why('--data=my.jsonl.gz')
     assert 'no such file or folder' in why('--data=other.jsonl')
     os.remove('my.jsonl.gz')
     assert sorted(here.iterdir()) == sorted({*before, here/'my.jsonl'}), 'something was left'
