@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BUILTIN', 'DEMO', 'MAX_CHARS', 'ARTIFACT', 'Refused', 'iter_rows', 'read_rows', 'row_problem', 'one_row', 'checked',
            'clean_rows', 'write_jsonl', 'as_dataset', 'find_rows', 'load_alpaca', 'split_alpaca', 'shared_rows',
-           'phrases', 'similarity', 'check_near', 'near_duplicates', 'cache_dir', 'spool', 'fetch_artifact']
+           'phrases', 'similarity', 'check_near', 'near_duplicates', 'cache_dir', 'spool', 'wandb_told', 'has_key',
+           'fetch_artifact']
 
 # %% ../nbs/01_data.ipynb #01-002
 import json
@@ -456,10 +457,12 @@ def split_alpaca(
     total = len(ds)
     if total < 2:
         raise Refused(f'{total} row cannot be split into training and evaluation; give more rows, or --eval-data')
-    if not n_eval:
+    if n_eval is None:
         n_eval = 1000 if total >= 10_000 else max(1, total//10)
-    if n_eval >= total:
-        raise Refused(f'{n_eval} of {total} rows held back for evaluation leave nothing to train on; ask for fewer')
+    if not 1 <= n_eval < total:
+        raise Refused(f'n_eval is {n_eval}; give 1 to {total - 1}, so that there are rows to evaluate and to train on')
+    if not 0 <= seed < 2**32:
+        raise Refused(f'seed is {seed}; give 0 to {2**32 - 1}, which is what NumPy takes')
     shuffled = ds.shuffle(seed=seed, keep_in_memory=True)
     n_train = total - n_eval
     return DatasetDict(train=shuffled.select(range(n_train)), test=shuffled.select(range(n_train, total)))
@@ -695,14 +698,48 @@ def _on_disk(
         raise Refused(f'{folder}: the rows do not fit ({e.strerror}); '
                       'make room, or set ALPACA_FT_CACHE to another disk') from None
 
+# %% ../nbs/01_data.ipynb #01-wb1
+def wandb_told()->dict:  # base_url, and perhaps mode and api_key
+    "What the user has told W&B: in its files, as `wandb login --host` and `wandb offline` do, and in the environment."
+    import wandb
+    own = Path(os.environ.get('WANDB_CONFIG_DIR') or '~/.config/wandb').expanduser()
+    settings = wandb.Settings(settings_system=str(own/'settings'))
+    told = dict(base_url=settings.base_url) | settings.read_system_settings().all()
+    for name in ('base_url', 'mode', 'api_key'):
+        if value := os.environ.get(f'WANDB_{name.upper()}'):
+            told[name] = value
+    return told | dict(base_url=told['base_url'].rstrip('/'))
+
+# %% ../nbs/01_data.ipynb #01-wb2
+def has_key(
+    url:str,  # of a W&B server
+)->bool:  # a key is in the environment, in W&B's settings or in the netrc file, where `wandb login` puts it
+    "Whether there is a key for a server; nothing is asked and nobody is contacted."
+    import netrc
+    from urllib.parse import urlparse
+    if wandb_told().get('api_key') or os.environ.get('WANDB_IDENTITY_TOKEN_FILE'):
+        return True
+    hosts = [urlparse(url).netloc]
+    if hosts == ['api.forge.coreweave.com']:
+        hosts.append('api.wandb.ai')  # its earlier name
+    try:
+        keys = netrc.netrc(os.environ.get('NETRC'))
+        return any(keys.authenticators(host) for host in hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
+
 # %% ../nbs/01_data.ipynb #01-092
 def fetch_artifact(
     name:str,  # `entity/project/name:alias`, as in the article: `capecape/alpaca_ft/alpaca_gpt4_splitted:latest`
 )->Path:  # the folder it was downloaded to and verified in
     "Download a W&B artifact and verify every file of it; through the active run if there is one."
     import wandb
+    online = wandb.run is not None and not wandb.run.offline
+    if not online and not has_key(wandb_told()['base_url']):
+        raise Refused(f'{name}: no such file or folder, and a W&B artifact needs a key; `wandb login` sets one, '
+                      'or give the path of a local copy')
     try:
-        if wandb.run is not None and not wandb.run.offline:
+        if online:
             artifact = wandb.run.use_artifact(name, type='dataset')
         else:
             artifact = wandb.Api(timeout=10).artifact(name, type='dataset')

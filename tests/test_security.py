@@ -119,6 +119,7 @@ def test_artifact_stays_in_its_folder(name, here, monkeypatch):
     from wandb.sdk.artifacts._validators import validate_fspath
     from alpaca_ft import fetch_artifact
     monkeypatch.setenv('ALPACA_FT_CACHE', str(here/'cache'))
+    monkeypatch.setenv('WANDB_API_KEY', 'x'*40)
     asked = []
     class Artifact:
         digest = 'd1'

@@ -162,6 +162,79 @@ def test_split_of_a_source_with_a_test_split(here, rows, command):
     assert code == 0 and '31 rows to train on, 3 held back, 6 of its own test split left out' in out, out
 
 
+def test_what_the_user_told_wandb(tmp_path, monkeypatch):
+    "The server and the mode of W&B's own files count, and a key for that server is found where W&B finds it."
+    import wandb
+    from alpaca_ft import wandb_mode
+    from alpaca_ft.data import has_key, wandb_told
+    settings, keys = tmp_path/'wandb_config_dir'/'settings', tmp_path/'home'/'.netrc'
+    assert wandb_told()['base_url'] == wandb.Settings().base_url and not has_key(wandb.Settings().base_url)
+    settings.write_text('[default]\nbase_url = http://127.0.0.1:9/\n')  # `wandb login --host`
+    keys.write_text(f'machine 127.0.0.1:9 login user password {"x"*40}\n')
+    keys.chmod(0o600)
+    mode, why = wandb_mode()
+    assert mode == 'offline' and why.startswith('http://127.0.0.1:9 cannot be reached'), why
+    s = Receiver()
+    monkeypatch.setenv('WANDB_BASE_URL', s.url)
+    assert wandb_mode() == ('offline', 'no API key; `wandb login` sets one')
+    monkeypatch.setenv('WANDB_API_KEY', 'x'*40)
+    assert wandb_mode() == ('online', None)
+    for mode in ('offline', 'disabled'):
+        settings.write_text(f'[default]\nmode = {mode}\n')  # `wandb offline`, `wandb disabled`
+        assert wandb_mode() == (mode, "W&B's settings say so; `wandb online` ends it")
+    settings.write_text('[default]\nmode = online\n')
+    assert wandb_mode() == ('online', None)
+    s.shutdown()
+    s.server_close()
+    monkeypatch.delenv('WANDB_API_KEY')
+    for name in ('api.wandb.ai', 'api.forge.coreweave.com'):
+        keys.write_text(f'machine {name} login user password {"x"*40}\n')
+        assert has_key('https://api.forge.coreweave.com') and not has_key('https://wandb.example')
+    monkeypatch.setenv('WANDB_IDENTITY_TOKEN_FILE', 'token')
+    assert has_key('https://wandb.example')
+
+
+def test_an_artifact_without_a_key(tmp_path):
+    "On a terminal W&B would ask for an account and wait; it is one line."
+    import pty
+    ours, theirs = pty.openpty()
+    code = ("from alpaca_ft.data import Refused, find_rows\ntry:\n    find_rows('me/proj/data:latest')\n"
+            "except Refused as e:\n    print('told:', e)")
+    done = subprocess.Popen([sys.executable, '-c', code], stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    try:
+        code, said = done.wait(30), os.read(ours, 10_000).decode()
+    finally:
+        done.kill()
+        os.close(ours)
+    assert code == 0 and said.startswith('told: me/proj/data:latest: no such file or folder, and a W&B artifact needs')
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize('args,why', [
+    (['--columns', 'foo'], 'write it as instruction=question'),
+    (['--n-eval', '-5'], 'n_eval is -5; give 1 to 39'), (['--n-eval', '0'], 'n_eval is 0; give 1 to 39'),
+    (['--seed', '-1'], 'seed is -1; give 0 to 4294967295'), (['--out', 'afile/x'], 'afile/x: cannot be written'),
+    (['--out', 'full/x'], 'full/x: cannot be written (No space left on device)')])
+def test_split_refused(args, why, here, rows, command, monkeypatch):
+    "One line, and nothing is left."
+    from alpaca_ft import tracking
+    write = tracking.write_jsonl
+
+    def on_a_disk(path, some):
+        write(path, some)
+        if 'full' in str(path):
+            raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(tracking, 'write_jsonl', on_a_disk)
+    (here/'afile').write_text('')
+    (here/'full').mkdir()
+    before = sorted(here.rglob('*'))
+    code, out, err = command('split', rows, '--out', 'parts', *args)
+    assert (code, out, len(err.splitlines())) == (2, '', 1) and why in err, err
+    assert sorted(here.rglob('*')) == before
+
+
 @pytest.fixture
 def server(monkeypatch):
     s = Server(FILES)
