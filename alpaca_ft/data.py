@@ -651,7 +651,7 @@ def _csv_rows(
 def cache_dir()->Path:  # $ALPACA_FT_CACHE, else $XDG_CACHE_HOME/alpaca_ft, else ~/.cache/alpaca_ft
     "The folder where downloads and converted models are kept between runs."
     if own := os.environ.get('ALPACA_FT_CACHE'):
-        return Path(own)
+        return Path(own).expanduser()
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'alpaca_ft'
 
 # %% ../nbs/01_data.ipynb #01-087

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from . import __version__
 from .files import file_sums
 from .model import Choice, Place, model_folder
 from .options import RunConfig
@@ -93,8 +94,8 @@ def packed_digest(
 # %% ../nbs/a3_manifest.ipynb #a3-039
 def versions()->dict:  # package: version
     "The versions that a run depends on."
-    found = dict(python=platform.python_version())
-    for p in ('alpaca_ft', 'torch', 'transformers', 'trl', 'datasets', 'accelerate', 'peft'):
+    found = dict(python=platform.python_version(), alpaca_ft=__version__)
+    for p in ('torch', 'transformers', 'trl', 'datasets', 'accelerate', 'peft'):
         try:
             found[p] = version(p)
         except PackageNotFoundError:

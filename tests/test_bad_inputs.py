@@ -195,6 +195,7 @@ OPTIONS = {  # name: (arguments, a part of the message)
     'layers that are not there': (['--n-freeze', '0.8', '--layers', '8-15'], 'are 0 to 3; give two of these numbers'),
     'layers in words': (['--n-freeze', '0.8', '--layers', 'the last two'], 'give numbers from 0'),
     'a part beyond all': (['--n-freeze', '1.5'], 'a part such as 0.75'),
+    'all layers, or one': (['--n-freeze', '1.0'], "n_freeze is '1.0'; give 1 for one layer, or the number"),
     'warm-up beyond the end': (['--warmup', '2'], 'give 0 to 1'),
     'spike below 1': (['--loss-spike-stop', '0.5'], 'give at least 1'),
     'kept states of nothing': (['--n-freeze', '0', '--prefix-cache', 'disk'], 'no frozen layers'),
@@ -228,6 +229,27 @@ def test_options(name, here, tiny, rows, command):
                              'run', *args)
     assert (code, out, len(err.splitlines())) == (2, '', 1), err
     assert part in err and sorted(here.rglob('*')) == before, err
+
+
+def test_options_of_other_types(tmp_path, monkeypatch):
+    "Paths, a home folder and a number of layers, as they are written in Python, YAML and on the command line."
+    from pathlib import Path
+    from alpaca_ft import Refused, RunConfig, cache_dir
+    monkeypatch.setenv('HOME', str(tmp_path))
+    cfg = RunConfig(data=Path('a.jsonl'), out='~/runs/x', model=Path('~/m'), eval_data='~/e', template='~/t', layers=3)
+    assert (cfg.data, cfg.layers) == ('a.jsonl', '3')
+    assert (cfg.out, cfg.model) == (f'{tmp_path}/runs/x', f'{tmp_path}/m')
+    assert (cfg.eval_data, cfg.template) == (f'{tmp_path}/e', f'{tmp_path}/t')
+    assert RunConfig(tags='~', data='a~').tags == '~'
+    monkeypatch.setenv('ALPACA_FT_CACHE', '~/cache')
+    assert cache_dir() == tmp_path/'cache'
+    for wrong in (True, 1.5, None, b'a'):
+        with pytest.raises(Refused, match='give a text'):
+            RunConfig(data=wrong)
+    with pytest.raises(Refused, match='n_freeze is 1.0'):
+        RunConfig(n_freeze=1.0)
+    assert RunConfig(n_freeze='1').n_freeze == RunConfig(n_freeze=1).n_freeze == 1
+    assert RunConfig(n_freeze=24.).n_freeze == 24
 
 
 def test_unreadable_folder(here, tiny, command):

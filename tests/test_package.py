@@ -70,6 +70,13 @@ def test_names_are_what_they_say():
     exec(NAMES, {})
 
 
+def test_version_is_that_of_the_code():
+    "What runs, not what was installed here at some time."
+    import alpaca_ft
+    from alpaca_ft.manifest import versions
+    assert versions()['alpaca_ft'] == alpaca_ft.__version__
+
+
 def test_import_order():
     "A module imports only from modules that stand before it."
     assert set(ORDER) == set(chapters)
