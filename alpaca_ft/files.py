@@ -91,7 +91,7 @@ def append_jsonl(
 def read_jsonl(
     path:Path,  # may not exist yet
 )->list:  # dicts
-    "JSON lines, or a refusal that names the line."
+    "JSON lines, or a refusal that names the line; a last line that was cut off is left out."
     path = Path(path)
     if not path.exists():
         return []
@@ -101,6 +101,8 @@ def read_jsonl(
             try:
                 rows.append(json.loads(line))
             except ValueError:
+                if not line.endswith(b'\n'):
+                    break  # written when the disk was full, or the power went out
                 raise Refused(f'{path}: line {i} is not JSON; remove it') from None
     return rows
 

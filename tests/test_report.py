@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from alpaca_ft import RunConfig, train
+from alpaca_ft import Refused, RunConfig, train
 from alpaca_ft.files import read_run
 from alpaca_ft.report import differing, evaluated, sample_cards, series, write_report
 
@@ -75,6 +75,39 @@ def test_generation_stays_text(runs, page, tmp_path):
     assert p.locator('img').count() == 0
     text = p.locator('.prompt').first.inner_text()
     assert '<script>document.title' in text and '\\x1b]0;t\\x07' in text and '\\u202e' in text
+
+
+def test_questions_of_chats():
+    "A card shows what was asked, not the template, and two rows of one prompt have a card each."
+    chat = dict(prompt='<|im_start|>user\nHi.\n\nNow.<|im_end|>\n', asked='Hi. | Now.', generation='a', tokens=1,
+                stopped=True)
+    samples = [chat | dict(reference=reference, step=step) for step in (0, 1) for reference in ('Hello.', 'Good day.')]
+    cards, _ = sample_cards([dict(samples=samples)])
+    assert [card['reference'] for card in cards] == ['Hello.', 'Good day.']
+    assert [(card['instruction'], len(card['answers'])) for card in cards] == [('Hi. | Now.', 2)]*2
+    older = {k: v for k, v in samples[0].items() if k != 'asked'}
+    assert 'im_start' in sample_cards([dict(samples=[older])])[0][0]['instruction']
+
+
+def test_half_a_line(runs, tmp_path):
+    "A log whose last line was cut off, as by a full disk, is read up to there."
+    shutil.copytree(runs[0], tmp_path/'run')
+    whole = read_run(tmp_path/'run')['metrics']
+    with open(tmp_path/'run'/'metrics.jsonl', 'a') as f:
+        f.write('{"step": 7, "lo')
+    assert read_run(tmp_path/'run')['metrics'] == whole and write_report(tmp_path/'run').exists()
+    with open(tmp_path/'run'/'metrics.jsonl', 'a') as f:
+        f.write('\n')
+    with pytest.raises(Refused, match='is not JSON'):
+        read_run(tmp_path/'run')
+
+
+def test_two_runs_of_one_name(runs, tmp_path):
+    "Their folders' names tell them apart."
+    for name in ('a', 'b'):
+        shutil.copytree(runs[0], tmp_path/name/'run')
+    html = write_report([tmp_path/'a'/'run', tmp_path/'b'/'run', runs[1]], tmp_path/'r.html').read_text()
+    assert '<title>a/run and b/run and two</title>' in html
 
 
 def test_compared(runs, page, tmp_path):
