@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'USUAL', 'ROLES', 'parse_columns', 'named', 'hint', 'one_turn', 'chat_turns', 'chat_row', 'file_row',
-           'from_chat', 'turns_before', 'with_turns', 'IfThere', 'as_row']
+           'from_chat', 'turns_before', 'with_turns', 'as_question', 'IfThere', 'as_row']
 
 # %% ../nbs/a6_formats.ipynb #a6-002
 import json
@@ -172,6 +172,26 @@ def with_turns(
     asked = row['instruction'] + (f"\n\n{row['input']}" if row['input'] else '')
     own = [dict(role='user', content=asked), dict(role='assistant', content=row['output'])]
     return from_chat(row, 'system and history', before + own)
+
+# %% ../nbs/a6_formats.ipynb #a6-tb3
+def as_question(
+    raw:dict,  # an object read from a file, whose answer may be missing
+    columns:dict=None,  # see `parse_columns`
+)->tuple:  # (the object, as messages where turns stand before its own; what is wrong, or None)
+    "A row that is to be answered, with its fields `system` and `history` as turns."
+    columns = columns or {}
+    before, problem = turns_before(raw, columns.values())
+    if problem or not before:
+        return raw, problem
+    for name in (columns.get('messages'), 'messages', 'conversations'):
+        if isinstance(raw.get(name), list):
+            return dict(messages=before + raw[name]), None
+    asked, given, answer = (raw.get(columns.get(part)) or raw.get(part) for part in ('instruction', 'input', 'output'))
+    asked, answer = asked or raw.get('prompt'), answer or raw.get('completion')
+    if not all(isinstance(text or '', str) for text in (asked, given, answer)) or not asked:
+        return raw, None
+    turns = [*before, dict(role='user', content=asked + (f'\n\n{given}' if given else ''))]
+    return dict(messages=turns + [dict(role='assistant', content=answer)] if answer else turns), None
 
 # %% ../nbs/a6_formats.ipynb #a6-026
 class IfThere(dict):

@@ -258,6 +258,31 @@ def test_system_and_history(here):
     assert 'messages' in load_alpaca('a.jsonl')['train'].column_names
 
 
+def test_system_and_history_of_questions(here):
+    "Rows that are asked keep them too, with an answer or without."
+    from alpaca_ft.use import ask_rows
+    before = dict(system='You are a pirate.', history=[['Hi.', 'Ahoy.']])
+    question = [dict(role='user', content='Hi.'), dict(role='assistant', content='Ahoy.')]
+    rows = [before | dict(instruction='And now?', input='Say it.'), before | dict(prompt='And now?', output='Arr.'),
+            before | dict(q='And now?'), before | dict(messages=question + [dict(role='user', content='And now?')]),
+            dict(instruction='a\r\nb', input='  ', system=' '), dict(instruction='Sort.', system='b')]
+    write(here/'a.jsonl', rows[:2] + rows[3:5])
+    asked = ask_rows('a.jsonl')
+    turns = [[(turn['role'][0], turn['content']) for turn in json.loads(row['messages'])] for row in asked[:3]]
+    begin = [('s', 'You are a pirate.'), ('u', 'Hi.'), ('a', 'Ahoy.')]
+    assert turns[0][:-1] == [*begin, ('u', 'And now?\n\nSay it.')]
+    assert turns[1] == [*begin, ('u', 'And now?'), ('a', 'Arr.')]
+    assert turns[2][:-1] == [*begin, *begin[1:], ('u', 'And now?')]
+    assert asked[3]['instruction'] == 'a\nb' and asked[3]['input'] == '' and 'messages' not in asked[3]
+    write(here/'b.jsonl', [rows[2]])
+    assert json.loads(ask_rows('b.jsonl', dict(instruction='q'))[0]['messages'])[-2]['content'] == 'And now?'
+    write(here/'b.jsonl', [rows[5]])
+    assert 'messages' not in ask_rows('b.jsonl', dict(input='system'))[0]
+    write(here/'b.jsonl', [dict(instruction='a', history='He fell ill.')])
+    with pytest.raises(Refused, match='b.jsonl: row 1: history is not a list of'):
+        ask_rows('b.jsonl')
+
+
 def test_ends_of_lines_and_blank_inputs(here):
     "A blank is no input, and lines end as everywhere."
     chat = [dict(role='user', content='a\r\nb'), dict(role='assistant', content='c\r\n\r\nd')]
