@@ -668,15 +668,16 @@ class Apart:
                 starts.append(start)
                 lengths.append(n)
                 start += n
-        place = torch.arange(max(lengths))
-        inside = place < torch.tensor(lengths)[:, None]
+        longest = max(lengths)
         # where token i of document d stands in the packed rows, laid end to end; padding repeats their first token
-        there = (torch.tensor(starts)[:, None] + place)*inside
+        there = torch.zeros(len(lengths), longest, dtype=torch.long)
         # the other way: for each place in the packed rows, where its token went
         back = torch.zeros(len(document_lengths)*width, dtype=torch.long)
-        back[there[inside]] = inside.flatten().nonzero()[:, 0]
+        for number, (start, n) in enumerate(zip(starts, lengths)):  # slices, so that it works without contents (A5)
+            there[number, :n] = torch.arange(start, start + n)
+            back[start:start + n] = torch.arange(number*longest, number*longest + n)
         self.there, self.back = there.to(device), back.view(-1, width).to(device)
-        self.positions = place.expand(len(lengths), -1).to(device)
+        self.positions = torch.arange(longest).expand(len(lengths), -1).to(device)
 
     def split(self, x):
         "(rows, width, ...) to (documents, longest document, ...)."

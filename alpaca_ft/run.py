@@ -7,10 +7,11 @@ __all__ = ['LOCK', 'NOT_BEGUN', 'TOKENIZERS', 'Run', 'train', 'check_out', 'make
            'check_share', 'untracked', 'started_again', 'begin_stream', 'read_and_pack', 'stream_report', 'pack_rows',
            'largest_token', 'check_fit', 'load_whole', 'prepare', 'fullest_row', 'probe', 'synchronize',
            'may_be_without_gradient', 'measure_step', 'decide_states', 'decide_by_layer', 'preflight', 'known',
-           'count_memory', 'notes', 'check', 'memory_report', 'config_alone', 'check_tokenizer', 'prepare_shape',
-           'agree', 'other_states', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states',
-           'keep_by_layer', 'what_trains', 'release_frozen', 'add_samples', 'build_trainer', 'stopped_by_rows',
-           'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line', 'finish']
+           'count_memory', 'experts_in_fp32', 'notes', 'check', 'memory_report', 'config_alone', 'check_tokenizer',
+           'prepare_shape', 'agree', 'other_states', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin',
+           'keep_states', 'keep_by_layer', 'what_trains', 'release_frozen', 'add_samples', 'build_trainer',
+           'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line',
+           'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -37,8 +38,8 @@ from .manifest import Manifest, compare_manifests, make_manifest, states_name, v
 from .model import (LLAMA_2_7B, Choice, Place, Tail, Trunk, _load, apply_choice, at_work, check_numbers,
                              has_adapter, load_model, load_tokenizer, model_shape, quantised, resolve_choice,
                              save_model, settle, try_saving)
-from .memory import (GiveBack, as_bytes, at_work_already, bytes_of, counted_advice, fit_lines, fitting,
-                              memory_table, planned, twin)
+from .memory import (TOO_LONG, GiveBack, as_bytes, at_work_already, bytes_of, counted_advice, fit_lines,
+                              fitting, memory_table, planned, twin)
 from .options import PRESETS, RunConfig, plan
 from .packing import pack
 from .prefix import (WholeModel, decide, give_back_memory, packed_lengths, passes_needed, states_in_memory,
@@ -434,7 +435,7 @@ def probe(
             seconds = time.perf_counter() - begin
     none = [k for k, p in loss.tail.trained().items() if p.grad is None or not p.grad.any()]
     loss.zero_grad(set_to_none=True)
-    return dict(without_gradient=none, tokens_per_second=round(n/seconds))
+    return dict(without_gradient=none, tokens_per_second=max(1, round(n/seconds)))
 
 # %% ../nbs/16_run.ipynb #16-044
 def synchronize(
@@ -501,7 +502,7 @@ def decide_states(
     if why and cfg.prefix_cache != 'auto':
         raise Refused(f'prefix_cache is {cfg.prefix_cache}, but {why}; use off')
     if why:
-        r['prefix_says'] = f'computed each time ({why})'
+        r['prefix_says'], r['never_kept'] = f'computed each time ({why})', bool(run.stream)
         return
     passes = passes_needed(r['steps'], r['eval_every'], cfg.batch_size, len(run.test))
     rows = len(run.train) + len(run.test)
@@ -514,6 +515,7 @@ def decide_states(
         if cfg.prefix_cache != 'auto':
             raise
         r['prefix_says'] = f'computed each time ({str(e).removeprefix("prefix_cache: ").split("; use")[0]})'
+        r['never_kept'] = True
         return
     r['state_bytes'] = sum(packed_lengths(run.train, run.test))*state.shape[-1]*state.element_size()
     r['state_dtype'], r['state_width'] = str(state.dtype).removeprefix('torch.'), state.shape[-1]
@@ -580,6 +582,15 @@ def count_memory(
     r['memory_uncounted'] = why
 
 # %% ../nbs/16_run.ipynb #16-055
+def experts_in_fp32(
+    model,  # after `apply_choice`; None while only its tail is in memory
+)->bool:
+    "Whether experts train in fp32: all of a layer are one tensor, whose product autocast does not turn into bf16."
+    if model is None:
+        return False
+    trains = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
+    return any('.experts.' in k and p.dim() == 3 and p.dtype == torch.float32 for k, p in trains)
+
 def notes(
     run,  # Run after `preflight`
 )->list:  # lines
@@ -597,6 +608,8 @@ def notes(
         lines.append('memory may be short, so what was freed goes back at once (a little slower)')
     if run.large and run.cfg.n_samples:
         lines.append('samples: left out, because they need every layer for every token')
+    if run.place and run.place.dtype == torch.bfloat16 and experts_in_fp32(run.model):
+        lines.append('experts that train are computed in fp32; --train-dtype bf16 computes them in bf16')
     if still := run.report.get('without_gradient'):
         lines.append(f'without a gradient, so they stay as they are: {len(still)} vectors ({still[0]}, ...)')
     return lines
@@ -640,7 +653,11 @@ def memory_report(
         return lines
     about, now = known(run), max(sums.values())
     about = dict(states=about['states'], process=about['process'])
-    found = [] if now <= limit else fitting(run.cfg, run.shape, run.place, limit, run.choice, **about)
+    if run.report.get('never_kept'):
+        about |= dict(keep='off', large=False)
+    found = []
+    if now > limit and run.report['memory_uncounted'] != TOO_LONG:
+        found = fitting(run.cfg, run.shape, run.place, limit, run.choice, **about)
     return lines + fit_lines(found, now, limit)
 
 def config_alone(

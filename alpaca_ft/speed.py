@@ -100,7 +100,10 @@ def _mask(document_lengths, width, device):
     "A mask of its own for each row: a token sees itself and what stands before it in its document."
     numbers = torch.full((len(document_lengths), width), -1)
     for row, lengths in zip(numbers, document_lengths):
-        row[:sum(lengths)] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        start = 0
+        for number, n in enumerate(lengths):
+            row[start:start + n] = number
+            start += n
     numbers = numbers.to(device, non_blocking=True)
     same = numbers[:, :, None] == numbers[:, None, :]
     return dict(attention_mask=(same & torch.ones(width, width, dtype=torch.bool, device=device).tril())[:, None])

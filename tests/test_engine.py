@@ -1,4 +1,5 @@
 "Each fault that was found in the engine, as it was found: see what would happen again if the mend were undone."
+import itertools
 import json
 import os
 import shutil
@@ -754,3 +755,22 @@ def test_killed_while_saving_is_tried(here, tiny, rows, command):
         code, out, err = command(*args, *more)
         assert code == 0 and not Path('run/saving.part').exists(), err
         shutil.rmtree('run')
+
+
+def test_places_of_documents():
+    "Which tokens see each other, and where documents go that have rows of their own, token by token."
+    from alpaca_ft.model import Apart
+    from alpaca_ft.speed import MASKED
+    lengths, width = [[3, 5, 2], [7, 1]], 12
+    mask = MASKED.arguments(lengths, width, torch.device('cpu'))['attention_mask'][:, 0]
+    where = Apart(lengths, width, torch.device('cpu'))
+    documents = [[0]*3 + [1]*5 + [2]*2 + [None]*2, [0]*7 + [1] + [None]*4]
+    for row, numbers in enumerate(documents):
+        for i, j in itertools.product(range(width), repeat=2):
+            assert mask[row, i, j] == (numbers[i] == numbers[j] and j <= i)
+    x = torch.arange(1, 1 + 2*width).view(2, width)
+    assert where.split(x).tolist() == [[1, 2, 3, 1, 1, 1, 1], [4, 5, 6, 7, 8, 1, 1], [9, 10, 1, 1, 1, 1, 1],
+                                       [13, 14, 15, 16, 17, 18, 19], [20, 1, 1, 1, 1, 1, 1]]
+    back = where.join(where.split(x))
+    assert torch.equal(back[0, :10], x[0, :10]) and torch.equal(back[1, :8], x[1, :8])
+    assert where.positions.tolist() == [list(range(7))]*5

@@ -17,6 +17,9 @@ def model_of(kind):
                   tied=lambda: transformers.LlamaConfig(**shape, tie_word_embeddings=True),
                   qwen2=lambda: transformers.Qwen2Config(**shape, num_key_value_heads=2),
                   neox=lambda: transformers.GPTNeoXConfig(**shape, attention_dropout=0., hidden_dropout=0.))
+    config['neo'] = lambda: transformers.GPTNeoConfig(
+        vocab_size=608, hidden_size=32, num_layers=4, num_heads=4, max_position_embeddings=512, window_size=64,
+        attention_types=[[['global', 'local'], 2]], bos_token_id=0, eos_token_id=1)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config[kind]())
 
@@ -64,3 +67,76 @@ def test_fitting():
         lines = fit_lines(found, now, int(part*now)) + memory_table(sums, by, place)
         assert all(len(line) <= 80 for line in lines)
     assert 'nothing that was tried fits' in '\n'.join(fit_lines(found, now, int(part*now)))
+
+
+def test_every_way_is_counted():
+    "Also those of a GPU, and documents in rows of their own."
+    from alpaca_ft.memory import planned
+    from alpaca_ft.speed import ALONE, MASKED, Step, by_own_mask
+    shape, cfg = twin(model_of('llama'), 'meta'), RunConfig(n_freeze=2, seq_len=64)
+    choice = resolve_choice(cfg, shape)
+    for step in (Step(), Step(MASKED), Step(ALONE), Step(by_own_mask(shape.config))):
+        assert planned(cfg, shape, Place(CPU, torch.float32), choice, step=step, keep='off')[2] is None
+
+
+def test_what_cannot_be_counted():
+    "An attention whose package is not there, and a model that cannot be cut: a formula, or nothing, and no error."
+    from alpaca_ft.memory import planned
+    from alpaca_ft.speed import FLASH, Step
+    cfg, place = RunConfig(n_freeze=2, seq_len=64), Place(CPU, torch.float32)
+    shape = twin(model_of('llama'), 'meta')
+    choice = resolve_choice(cfg, shape)
+    assert planned(cfg, shape, place, choice, step=Step(FLASH), keep='off')[2]
+    neo = twin(model_of('neo'), 'meta')
+    assert worst(cfg, {}, neo, place) is None and worst(cfg, {}, neo, place, keep='off') > 0
+    assert fitting(cfg, neo, place, 10**6) is not None
+    assert fitting(cfg, neo, place, 10**6, keep='off', large=False)
+
+
+def test_check_of_a_model_that_cannot_be_cut(here, rows, tokenizer, command):
+    "It is told what would fit, as any other."
+    model_of('neo').save_pretrained(here/'neo')
+    tokenizer.save_pretrained(here/'neo')
+    code, out, err = command('check', '--model', 'neo', '--data', rows, '--n-freeze', 2, '--seq-len', 128, '--memory',
+                             '20MB')
+    assert code == 0 and 'too much for' in out and not out.rstrip().endswith('the least:'), err
+
+
+def test_experts_are_no_noise(here, rows, tokenizer, command):
+    "What cannot be counted without contents is said in a line, and not logged with tracebacks; nor are bf16 runs slow "
+    "in silence."
+    import matrix
+    matrix.MORE['qwen3-moe']().save_pretrained(here/'moe')
+    tokenizer.save_pretrained(here/'moe')
+    kw = ['--data', rows, '--n-freeze', 2, '--seq-len', 256, '--dtype', 'bf16']
+    code, out, err = command('check', '--model', 'moe', *kw)
+    assert code == 0 and 'Traceback' not in err and 'fake_tensor' not in err, err
+    assert '--train-dtype bf16' in out and 'experts' in out
+    code, out, err = command('check', '--model', 'moe', *kw, '--train-dtype', 'bf16')
+    assert code == 0 and '--train-dtype bf16 computes' not in out
+
+
+def test_advice_names_the_states():
+    "After memory ran out: what no longer keeps the states in memory helps most, if they are large."
+    from alpaca_ft.memory import counted_advice
+    from alpaca_ft.speed import Step
+    shape, place, cfg = twin(model_of('llama'), 'meta'), Place(CPU, torch.float32), RunConfig(n_freeze=2, seq_len=64)
+    known = dict(step=Step(), states=3*10**9, process=0, large=False)
+    says = counted_advice(cfg, shape, place, keep='memory', **known)
+    best, *_ = says.partition('what helps most: ')[2].split(', --')
+    assert best.startswith('--prefix-cache disk (2.79 GiB less') or best.startswith('--layer-by-layer (2.79'), says
+    assert '--prefix-cache disk (2.79 GiB less' in says
+    says = counted_advice(cfg, shape, place, keep='off', **known)
+    assert '--prefix-cache' not in says and '--layer-by-layer' not in says
+
+
+def test_fitting_with_spectrum():
+    "The choice that was made by the weights is taken along, for a shape has none to choose by."
+    cfg = RunConfig(layers='spectrum:0.25', seq_len=64)
+    model, place = model_of('llama'), Place(CPU, torch.float32)
+    choice = resolve_choice(cfg, model)
+    found = fitting(cfg, twin(model, 'meta'), place, 10**5, choice)
+    assert found and found[0][1] > 10**5
+    lines = fit_lines([], 10**9, 10**6)
+    assert 'the least:' not in lines[-1] and '--micro-batch-size' in '\n'.join(lines)
+    assert all(len(line) <= 80 for line in lines)
