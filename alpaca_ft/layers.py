@@ -26,7 +26,7 @@ from .data import Refused, cache_dir
 from .files import reserve, sync, write_whole
 from .memory import give_back_at_once, planned, twin
 from .model import (Attention, Choice, Place, Trunk, apply_choice, cut_layers, decoder_layers,
-                             mend_generation_config, model_folder, quantised, resolve_choice, share)
+                             mend_generation_config, model_folder, quantised, resolve_choice, share, wide_weights)
 from .model import _load
 from .options import RunConfig
 from .prefix import (States, available_memory, file_sum, give_back_memory, intact, make_room, map_states,
@@ -284,6 +284,7 @@ def large_model(
     places = where_weights_are(model, shards(folder))
     check_names(model, places, cfg.model)
     shape = twin(model, 'meta')
+    model.wide = wide_weights(model)  # its files may hold more in fp32, which loading it as a whole would round
     give_back_at_once()
     load_upper(model, places, choice.first, place)
     large = Large(model, folder, places, choice, shape=shape)
@@ -470,8 +471,10 @@ def one_stage(
     i = stage - 1
     trunk = Trunk(large.model, stage, attention, first=i)
     weights = read_weights(layer_places(large.model, large.places, i))
+    whole = {m: name for name, m in large.model.named_modules()}[decoder_layers(large.model)[i]]
     for k, t in weights.items():
-        weights[k] = t.to(place.device, place.dtype if t.is_floating_point() else None)
+        stays = not t.is_floating_point() or place.dtype == torch.bfloat16 and f'{whole}.{k}' in large.model.wide
+        weights[k] = t.to(place.device, None if stays else place.dtype)
     trunk.last.load_state_dict(weights, assign=True)
     return trunk
 

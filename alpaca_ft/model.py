@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
-           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'apply_choice', 'quantised', 'check_numbers',
-           'frozen_layers', 'freeze', 'in_bf16', 'autocast', 'first_in_graph', 'checkpoint_trained', 'chosen_layers',
-           'signal_to_noise', 'layer_matrices', 'spectrum', 'linear_modules', 'goes_to_experts', 'lora_modules',
-           'check_rotate', 'check_trains', 'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'Place', 'settle',
-           'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config', 'has_adapter',
-           'check_adapter', 'mend_adapter_config', 'check_saved', 'write_model', 'save_model', 'one_of_each_kind',
-           'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
+           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'wide_weights', 'apply_choice', 'quantised',
+           'check_numbers', 'frozen_layers', 'freeze', 'in_bf16', 'autocast', 'first_in_graph', 'checkpoint_trained',
+           'chosen_layers', 'signal_to_noise', 'layer_matrices', 'spectrum', 'gives_a_tensor', 'linear_modules',
+           'goes_to_experts', 'lora_modules', 'check_rotate', 'check_trains', 'resolve_choice', 'layer_weights',
+           'drawn', 'at_work', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail',
+           'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved',
+           'write_model', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape',
+           'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -205,9 +206,12 @@ def add_lora(
     transposed = isinstance(model.get_submodule(choice.matrices[0]), Conv1D)
     config = LoraConfig(task_type='CAUSAL_LM', r=choice.rank, lora_alpha=choice.alpha,
                         target_modules=choice.matrices, fan_in_fan_out=transposed)
-    with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
-        torch.default_generator.manual_seed(choice.seed)
-        model.add_adapter(config)
+    try:
+        with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
+            torch.default_generator.manual_seed(choice.seed)
+            model.add_adapter(config)
+    except ValueError as e:
+        raise Refused(f'LoRA: {" ".join(str(e).split())[:160]}; name other modules with lora_targets') from None
     added = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     if added != set(choice.matrices):
         raise Refused(f'LoRA: peft added matrices to {min(added ^ set(choice.matrices))}, against the choice; '
@@ -232,6 +236,13 @@ def chosen_parameters(
     return found
 
 # %% ../nbs/04_model.ipynb #04-ch5
+def wide_weights(
+    model,  # causal language model, as it was loaded
+)->set:  # names of parameters
+    "The weights that a model keeps in fp32 while its others are narrower."
+    narrow = getattr(model.get_input_embeddings(), 'weight', torch.empty(0)).dtype in (torch.bfloat16, torch.float16)
+    return {k for k, p in model.named_parameters() if narrow and p.dtype == torch.float32}
+
 def apply_choice(
     model,  # causal language model, changed in place
     choice:Choice,  # what is to train
@@ -240,6 +251,9 @@ def apply_choice(
     "Let what was chosen train, in fp32 unless the choice says bf16, and freeze the rest."
     frozen_dtype = frozen_dtype or compute_dtype()
     trained = torch.bfloat16 if choice.trained == 'bf16' else torch.float32
+    if not hasattr(model, 'wide'):  # a second choice must not take what the first one widened for the model's own
+        model.wide = wide_weights(model)
+    wide = {p for k, p in model.named_parameters() if k in model.wide}
     untied = choice.method == 'freeze' and choice.head and untie(model)
     model.requires_grad_(choice.method == 'full')
     if choice.method == 'lora':
@@ -248,7 +262,10 @@ def apply_choice(
         for p in chosen_parameters(model, choice):
             p.requires_grad_(True)
     for p in model.parameters():
-        p.data = p.data.to(trained if p.requires_grad else frozen_dtype)
+        if p.requires_grad:
+            p.data = p.data.to(trained)
+        elif not (p in wide and frozen_dtype == torch.bfloat16):
+            p.data = p.data.to(frozen_dtype)
     model.products_in_bf16 = frozen_dtype == torch.bfloat16  # also if nothing is frozen
     return untied
 
@@ -419,6 +436,19 @@ def spectrum(
     return chosen
 
 # %% ../nbs/04_model.ipynb #04-gx2-p1
+def gives_a_tensor(
+    m,  # linear module
+)->bool:
+    "Whether a linear module hands on its product, or what it makes of it in a forward pass of its own, as one tensor."
+    if type(m).forward is nn.Linear.forward or not isinstance(m, nn.Linear):
+        return True
+    weights = {k: p.to('meta') for k, p in m.named_parameters()}
+    try:
+        out = torch.func.functional_call(m, weights, torch.empty(2, m.in_features, dtype=m.weight.dtype, device='meta'))
+    except Exception:  # it needs contents, or more than its input
+        return False
+    return isinstance(out, torch.Tensor)
+
 def linear_modules(
     model,  # causal language model, as it was loaded
 )->list:  # (layer number, name within its parent, name in the model)
@@ -426,7 +456,7 @@ def linear_modules(
     from transformers.pytorch_utils import Conv1D
     found = []
     for i, kind, name, m in layer_matrices(model):
-        if isinstance(m, (nn.Linear, Conv1D)):
+        if isinstance(m, (nn.Linear, Conv1D)) and gives_a_tensor(m):
             found.append((i, kind.rpartition('.')[2], name))
     return found
 

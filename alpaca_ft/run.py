@@ -472,8 +472,10 @@ def measure_step(
     weights = dict(run.tried.named_parameters())
     matrices = [k for k in missing if weights[k].squeeze().dim() > 1]
     if matrices:
-        raise Refused(f"{cfg.model}: {', '.join(matrices[:3])} should train but gets no gradient; "
-                      'this architecture cannot be trained here')
+        remedy = 'this architecture cannot be trained here'
+        if cfg.method == 'lora':
+            remedy = 'its model reads a weight past its module: name other modules with --lora-targets'
+        raise Refused(f"{cfg.model}: {', '.join(matrices[:3])} should train but gets no gradient; {remedy}")
     run.report['without_gradient'] = missing
     about, per_epoch = run.report['train'], run.report['steps_per_epoch']
     tokens = about['packed_tokens']*run.report['steps']/(per_epoch or about['rows']/cfg.batch_size)

@@ -240,6 +240,8 @@ class PackedLoss(nn.Module):
         divisor = max(1, len(predict)) if divisor is None else divisor
         if self.head is not None and not each_token:
             hidden = self.tail.hidden(**feed).flatten(0, 1)[predict]
+            if self.tail.bf16:  # an embedding that trains is fp32, and so is all that is added to it
+                hidden = hidden.to(torch.bfloat16)
             # self.head is a function, self.tail.head the layer whose weight it takes
             return self.head(hidden, self.tail.head.weight, targets, 1/divisor)
         more = dict(output_router_logits=True) if self.router_loss and not each_token else {}

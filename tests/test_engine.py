@@ -774,3 +774,25 @@ def test_places_of_documents():
     back = where.join(where.split(x))
     assert torch.equal(back[0, :10], x[0, :10]) and torch.equal(back[1, :8], x[1, :8])
     assert where.positions.tolist() == [list(range(7))]*5
+
+
+def test_fused_head_in_bf16():
+    "Where the embedding trains, in fp32, what reaches the head is fp32; its products are bf16 all the same."
+    from conftest import tiny_model
+
+    from alpaca_ft.model import Tail, apply_choice, resolve_choice
+    from alpaca_ft.speed import linear_loss
+    from alpaca_ft.trainer import PackedLoss, StepCollator
+    kinds = []
+
+    def head(hidden, *more):
+        kinds.append(hidden.dtype)
+        return linear_loss(hidden, *more)
+    row = dict(input_ids=list(range(2, 98)), completion_mask=[1]*96, seq_lengths=[96])
+    batch = StepCollator(1, 'all')([row])
+    for kw, dtype in ((dict(method='full'), torch.bfloat16), (dict(n_freeze=2, freeze_embed=False), torch.bfloat16),
+                      (dict(n_freeze=2), torch.bfloat16), (dict(method='full'), torch.float32)):
+        model = tiny_model()
+        apply_choice(model, resolve_choice(RunConfig(**kw), model), dtype)
+        own, fused = (PackedLoss(Tail(model), way)(**batch).item() for way in (None, head))
+        assert kinds.pop() == dtype and abs(own - fused) < 1e-5

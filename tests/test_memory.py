@@ -140,3 +140,16 @@ def test_fitting_with_spectrum():
     lines = fit_lines([], 10**9, 10**6)
     assert 'the least:' not in lines[-1] and '--micro-batch-size' in '\n'.join(lines)
     assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_slow_scan_is_not_waited_for():
+    "A model that goes through rows token by token: whatever the row's length, a formula after a second or two."
+    import matrix
+    from alpaca_ft.memory import TOO_LONG, planned
+    from alpaca_ft.speed import ALONE, Step
+    shape = twin(matrix.model_of('MambaConfig', dict(vocab_size=608, hidden_size=32, num_hidden_layers=2, state_size=8)),
+                 'meta')
+    for seq_len in (512, 4096):
+        cfg = RunConfig(n_freeze=1, seq_len=seq_len)
+        choice = resolve_choice(cfg, shape)
+        assert planned(cfg, shape, Place(CPU, torch.float32), choice, step=Step(ALONE), keep='off')[2] == TOO_LONG

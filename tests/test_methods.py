@@ -669,3 +669,97 @@ def test_refused(name, here, tied, rows, command):
     code, out, err = command('train', '--model', tied, '--data', rows, '--seq-len', SEQ_LEN, '--out', 'run', *options)
     assert code == 2 and part in err and len(err.splitlines()) == 1, err
     assert not Path('run').exists()
+
+
+ROUTED = dict(family='Ernie4_5_MoeConfig', moe_num_experts=4, moe_k=2, moe_intermediate_size=32)
+
+
+def with_routers(folder, tokenizer):
+    "An Ernie in bf16 whose routers are fp32, as their makers keep them."
+    torch.manual_seed(0)
+    model = matrix.model_of(ROUTED['family'], matrix.COMMON | dict(vocab_size=600),
+                            **{k: v for k, v in ROUTED.items() if k != 'family'})
+    for name, p in model.named_parameters():
+        if 'gate.weight' in name or 'moe_statics' in name:
+            p.data = torch.randn(p.shape)*0.1
+        else:
+            p.data = p.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder/'config.json').read_text()) | dict(dtype='bfloat16')
+    (folder/'config.json').write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize('method', ['freeze', 'lora'])
+def test_fp32_beside_bf16_stays(method, here, tokenizer):
+    "What a model keeps in fp32 is not rounded in a bf16 run, unless it trains; a second choice changes nothing of that."
+    from alpaca_ft.model import load_model
+    model = load_model(str(with_routers(here/'ernie', tokenizer)))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert {p.dtype for p in before.values()} == {torch.bfloat16, torch.float32}
+    for n_freeze in (3, 2):
+        if method == 'freeze' or n_freeze == 2:
+            apply_choice(model, resolve_choice(RunConfig(n_freeze=n_freeze, method=method), model), torch.bfloat16)
+    for name, p in model.named_parameters():
+        was = before.get(name.replace('.base_layer', ''))
+        if p.requires_grad:
+            assert p.dtype == torch.float32
+        else:
+            assert torch.equal(p.to(was.dtype), was) and p.dtype == was.dtype, name
+
+
+def test_all_is_frozen_in_bf16(tiny):
+    "A model in fp32, and one in bf16: what stays is bf16."
+    from alpaca_ft.model import load_model
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(str(tiny), dtype=dtype)
+        apply_choice(model, resolve_choice(RunConfig(n_freeze=2), model), torch.bfloat16)
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+FEW_EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+SCANS = dict(vocab_size=608, hidden_size=32, num_hidden_layers=4, state_size=8)
+JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=4,
+             mamba_d_state=8)
+
+
+def test_lora_that_peft_refuses():
+    "A matrix that Mamba's kernels do not ask for: said in a line; others do."
+    kw = dict(method='lora', n_freeze=2)
+    model = matrix.model_of('MambaConfig', SCANS | matrix.TOKENS)
+    with pytest.raises(Refused, match='LoRA: .*out_proj.*lora_targets'):
+        apply_choice(model, resolve_choice(RunConfig(**kw), model), torch.float32)
+    model = matrix.model_of('MambaConfig', SCANS | matrix.TOKENS)
+    apply_choice(model, resolve_choice(RunConfig(lora_targets='in_proj,x_proj', **kw), model), torch.float32)
+
+
+@pytest.mark.parametrize('family', ['PhimoeConfig', 'Llama4TextConfig'])
+def test_lora_leaves_routers_out(family):
+    "A linear module that hands on more than a tensor takes no matrices."
+    from alpaca_ft.speed import choose_step
+    more = dict(head_dim=8, attention_chunk_size=64, intermediate_size_mlp=64) if family.startswith('Llama') else {}
+    model = matrix.model_of(family, matrix.COMMON, **FEW_EXPERTS, **more)
+    choice = resolve_choice(RunConfig(method='lora', n_freeze=2), model)
+    assert choice.matrices and not any('router' in name for name in choice.matrices)
+    apply_choice(model, choice, torch.float32)
+    row = dict(input_ids=list(range(2, 98)), completion_mask=[1]*96, seq_lengths=[50, 46])
+    assert choose_step(model, [row], 1, 50)
+
+
+def test_falcon_keeps_its_matrices():
+    "Its linear modules have a forward of their own, which hands on a tensor."
+    choice = resolve_choice(RunConfig(method='lora', n_freeze=2), matrix.falcon())
+    assert len(choice.matrices) == 2*4
+
+
+def test_lora_without_gradient(here, rows, tokenizer, command):
+    "A matrix that the model reads past its module: the refusal names the option, and without it the run goes."
+    matrix.model_of('JambaConfig', matrix.COMMON | dict(num_hidden_layers=2), **JAMBA).save_pretrained(here/'jamba')
+    tokenizer.save_pretrained(here/'jamba')
+    argv = ['check', '--model', 'jamba', '--data', rows, '--n-freeze', 0, '--seq-len', 256, '--method', 'lora']
+    code, out, err = command(*argv)
+    assert code == 2 and 'dt_proj' in err and '--lora-targets' in err, err
+    code, out, err = command(*argv, '--lora-targets', 'in_proj,q_proj,v_proj')
+    assert code == 0, err

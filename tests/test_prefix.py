@@ -184,3 +184,37 @@ def test_states_that_are_there_are_room(where, tmp_path, monkeypatch):
     else:
         with pytest.raises(Refused, match='90,000 are free'):
             there()
+
+
+def test_routers_that_draw():
+    "Frozen layers whose routers are random in training say something else each time: nothing is kept."
+    import matrix
+    from alpaca_ft.prefix import drops_out, why_no_states
+    experts = dict(num_local_experts=4, num_experts_per_tok=2)
+    phimoe = matrix.model_of('PhimoeConfig', matrix.COMMON, **experts)
+    assert drops_out(phimoe) and 'random' in why_no_states(RunConfig(n_freeze=2), phimoe)
+    assert not drops_out(matrix.model_of('MixtralConfig', matrix.COMMON, **experts))
+    assert drops_out(matrix.model_of('MixtralConfig', matrix.COMMON, **experts, router_jitter_noise=0.1))
+    ids = torch.arange(2, 98)[None]
+    for noise in (0., 0.01):
+        model = matrix.model_of('PhimoeConfig', matrix.COMMON, **experts, router_jitter_noise=noise)
+        model.train()
+        a, b = (model(ids).logits for _ in range(2))
+        assert drops_out(model) or torch.equal(a, b)
+
+
+def test_layers_that_share_weights():
+    "Zamba 2 has one attention block in several layers: below the lowest trained layer something trains."
+    import matrix
+    from alpaca_ft.model import apply_choice, resolve_choice
+    from alpaca_ft.prefix import why_no_states
+    options = matrix.COMMON | dict(num_hidden_layers=8, num_key_value_heads=4)
+    model = matrix.model_of('Zamba2Config', options, mamba_d_state=8, mamba_headdim=16, n_mamba_heads=4, mamba_ngroups=1,
+                            num_mem_blocks=1, adapter_rank=4, use_shared_attention_adapter=False,
+                            layers_block_type=['mamba', 'hybrid']*4)
+    for kw in (dict(), dict(method='lora', lora_targets='q_proj,v_proj,k_proj')):
+        cfg = RunConfig(n_freeze=4, **kw)
+        choice = resolve_choice(cfg, model)
+        assert 'share weights' in why_no_states(cfg, model, choice)
+        apply_choice(model, choice, torch.float32)
+        assert 'share weights' in why_no_states(cfg, model, choice)
