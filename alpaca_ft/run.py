@@ -655,7 +655,7 @@ def memory_report(
         return lines
     about, now = known(run), max(sums.values())
     about = dict(states=about['states'], process=about['process'])
-    if run.report.get('never_kept'):
+    if run.report.get('never_kept'):  # whatever the options say
         about |= dict(keep='off', large=False)
     found = []
     if now > limit and run.report['memory_uncounted'] != TOO_LONG:

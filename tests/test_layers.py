@@ -457,3 +457,23 @@ def test_unfinished_pass_of_another_run(tmp_path, monkeypatch):
         assert 'old.bin' in left()
         there_already(folder/'own.bin', 30_400)
         assert left() == ['old.bin']
+
+
+def test_fp32_beside_bf16(folder_of):
+    "A layer's weights are read in the precision of the run, but for what the model keeps in fp32."
+    from safetensors.torch import load_file, save_file
+
+    from alpaca_ft.layers import large_model, one_stage
+    from alpaca_ft.model import Place
+    folder, name = folder_of('llama'), 'model.layers.1.input_layernorm.weight'
+    [file] = [f for f in shards(folder) if name in header(f)[0]]
+    plain = file.read_bytes()
+    save_file(load_file(file) | {name: torch.randn(32)}, file, metadata=dict(format='pt'))
+    place = Place(torch.device('cpu'), torch.bfloat16)
+    large = large_model(RunConfig(model=str(folder), n_freeze=3, layer_by_layer=True), place)
+    for wide, dtype in ((set(), torch.bfloat16), ({name}, torch.float32)):
+        large.model.wide = wide
+        layer = one_stage(large, 2, None, place).last
+        assert layer.input_layernorm.weight.dtype == dtype
+        assert {p.dtype for k, p in layer.named_parameters() if k != 'input_layernorm.weight'} == {torch.bfloat16}
+    file.write_bytes(plain)

@@ -209,9 +209,9 @@ def test_layers_that_share_weights():
     from alpaca_ft.model import apply_choice, resolve_choice
     from alpaca_ft.prefix import why_no_states
     options = matrix.COMMON | dict(num_hidden_layers=8, num_key_value_heads=4)
-    model = matrix.model_of('Zamba2Config', options, mamba_d_state=8, mamba_headdim=16, n_mamba_heads=4, mamba_ngroups=1,
-                            num_mem_blocks=1, adapter_rank=4, use_shared_attention_adapter=False,
-                            layers_block_type=['mamba', 'hybrid']*4)
+    scans = dict(mamba_d_state=8, mamba_headdim=16, n_mamba_heads=4, mamba_ngroups=1)
+    model = matrix.model_of('Zamba2Config', options, **scans, num_mem_blocks=1, adapter_rank=4,
+                            use_shared_attention_adapter=False, layers_block_type=['mamba', 'hybrid']*4)
     for kw in (dict(), dict(method='lora', lora_targets='q_proj,v_proj,k_proj')):
         cfg = RunConfig(n_freeze=4, **kw)
         choice = resolve_choice(cfg, model)
