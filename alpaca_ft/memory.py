@@ -90,6 +90,7 @@ class Tally(TorchDispatchMode):
         "Before a layer's forward pass: count its operations anew."
         self.operations = 0
 
+# %% ../nbs/a5_memory.ipynb #a5-pac
 class Patience(TorchFunctionMode):
     "Give up where a layer's forward pass takes too many operations: between two of them, for inside it would crash."
     def __init__(self,

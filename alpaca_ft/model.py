@@ -243,6 +243,7 @@ def wide_weights(
     narrow = getattr(model.get_input_embeddings(), 'weight', torch.empty(0)).dtype in (torch.bfloat16, torch.float16)
     return {k for k, p in model.named_parameters() if narrow and p.dtype == torch.float32}
 
+# %% ../nbs/04_model.ipynb #04-ww1c
 def apply_choice(
     model,  # causal language model, changed in place
     choice:Choice,  # what is to train

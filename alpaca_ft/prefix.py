@@ -139,6 +139,7 @@ def shares_weights(
             return True
     return False
 
+# %% ../nbs/09_prefix.ipynb #09-sw1c
 def why_no_states(
     cfg:RunConfig,  # the options
     model,  # after `freeze`

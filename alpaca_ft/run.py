@@ -593,6 +593,7 @@ def experts_in_fp32(
     trains = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     return any('.experts.' in k and p.dim() == 3 and p.dtype == torch.float32 for k, p in trains)
 
+# %% ../nbs/16_run.ipynb #16-ex3c
 def notes(
     run,  # Run after `preflight`
 )->list:  # lines
