@@ -1017,6 +1017,10 @@ def _remedy(why, folder):
     "What to do about a model that cannot be loaded."
     if 'safetensors' in why and folder.is_dir():
         return 'its weights are pickles, which can run code: convert them to safetensors'
+    if 'custom code' in why:
+        return 'type --trust-remote-code if you trust it'
+    if 'deserializing header' in why:
+        return 'a file of weights is damaged, or a Git LFS pointer: fetch it again (`git lfs pull`)'
     if folder.is_dir():
         return 'check the folder'
     return 'give a local folder, or check the name, the network and `hf auth login`'

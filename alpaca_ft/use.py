@@ -60,15 +60,14 @@ def check_room(
 def load_both(
     run,  # a run folder, a model folder, `demo` or a hub id
     dtype=None,  # of the weights; None: what this machine is fast in
-    trust_remote_code:bool=False,  # run Python code that comes with the model, even if the run did not
+    trust_remote_code:bool=False,  # run Python code that comes with the model, whatever the run says of it
 )->tuple:  # (model, tokenizer, the run's options or {})
     "Model and tokenizer behind a name."
     name, config = find_model(run)
     quiet()
-    trust = trust_remote_code or config.get('trust_remote_code', False)
     check_room(name, dtype or compute_dtype())
-    model = load_model(name, dtype=dtype or compute_dtype(), trust_remote_code=trust)
-    return model, load_tokenizer(name, trust), config
+    model = load_model(name, dtype=dtype or compute_dtype(), trust_remote_code=trust_remote_code)
+    return model, load_tokenizer(name, trust_remote_code), config
 
 # %% ../nbs/17_use.ipynb #17-012
 def ask_rows(
@@ -522,7 +521,7 @@ def write_gguf_folder(
         source = Path(name)
         if (source/'adapter_config.json').exists():
             merged_model(source, torch.float32).save_pretrained(tmp)
-            AutoTokenizer.from_pretrained(source).save_pretrained(tmp)
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(tmp)
             source = Path(tmp)
         write_gguf(source, file, kind, title)
         check_gguf(file, source, kind)
@@ -598,7 +597,7 @@ def export(
     precision = (type or 'f16') if format == 'gguf' else (dtype or 'bf16')
     part = fresh_part(to)
     try:
-        write_files(run, part, format, precision, trust_remote_code or config.get('trust_remote_code', False))
+        write_files(run, part, format, precision, trust_remote_code)
         os.rename(part, to)
     except BaseException:  # a full disk, Ctrl-C: nothing half-written stays
         shutil.rmtree(part, ignore_errors=True)

@@ -4,6 +4,8 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +183,17 @@ def test_no_model_yet(done, here, command):
     (here/'run'/'config.yaml').write_text((done.out/'config.yaml').read_text())
     code, out, err = command('sample', 'run', '--instruction', 'x')
     assert code == 2 and 'has no model yet' in err
+
+
+def test_advice_works(done, here, command):
+    "The command that is named for a run without a model, typed as it stands, ends the run."
+    name = 'a run'
+    shutil.copytree(done.out, name, ignore=shutil.ignore_patterns('model'))
+    code, out, err = command('sample', name, '--instruction', 'x')
+    assert code == 2, err
+    typed = shlex.split(err.partition('finish it with: ')[2])
+    code, out, err = command(*typed[1:])
+    assert typed[0] == 'alpaca_ft' and code == 0 and (here/name/'model/config.json').exists(), (typed, err)
 
 
 class Terminal:
