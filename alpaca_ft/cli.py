@@ -115,6 +115,7 @@ COMMANDS = dict(  # command: (help, 'module:function', {argument: how argparse t
         '--dtype': dict(choices=('bf16', 'fp32'), help='of the weights, for --format hf [bf16]'),
         '--type': dict(choices=('f16', 'q8_0'), help='of the weights, for --format gguf [f16]'),
         '--push': dict(metavar='hub:NAME|wandb:NAME', help='send it there too [nothing is sent]'),
+        '--private': dict(action='store_true', help="with hub:NAME: in a repository that others don't see"),
         '--trust-remote-code': _trust,
     }),
     split=('raw Alpaca rows into training and evaluation files, and the W&B artifact alpaca_gpt4_splitted',

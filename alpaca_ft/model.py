@@ -9,8 +9,8 @@ __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', '
            'signal_to_noise', 'layer_matrices', 'spectrum', 'linear_modules', 'goes_to_experts', 'lora_modules',
            'check_rotate', 'check_trains', 'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'Place', 'settle',
            'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail', 'mend_generation_config', 'has_adapter',
-           'check_adapter', 'mend_adapter_config', 'check_saved', 'write_model', 'save_model', 'one_of_each_kind',
-           'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
+           'check_adapter', 'mend_adapter_config', 'check_saved', 'write_model', 'as_readable', 'save_model',
+           'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -877,6 +877,14 @@ def write_model(
         tokenizer.save_pretrained(folder)
     finally:
         tokenizer.chat_template = template
+    as_readable(folder)
+
+def as_readable(
+    folder:Path,  # what `save_pretrained` wrote
+)->None:
+    "Let those read the weights who may read the other files; safetensors leaves them to their owner alone."
+    for file in folder.glob('*.safetensors'):
+        shutil.copymode(folder/'tokenizer_config.json', file)
 
 # %% ../nbs/04_model.ipynb #03-062
 def save_model(
