@@ -45,10 +45,15 @@ def demo_model()->Path:  # a folder that `from_pretrained` reads
     "The demo model's folder under `cache_dir()`; fetched and converted at the first call (one process at a time)."
     from filelock import FileLock
     out = cache_dir()/DEMO['name']
-    if out.exists():
-        return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{out}.lock'):
+    try:
+        if out.exists():
+            return out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f'{out}.lock').acquire()
+    except OSError as e:
+        raise Refused(f'{out.parent}: cannot be read or written ({e.strerror}); set ALPACA_FT_CACHE to a folder that '
+                      'can') from None
+    with lock:
         if not out.exists():
             print(f"fetching the demo model {DEMO['name']} (93 MB, once) into {out}", file=sys.stderr)
             with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
