@@ -308,12 +308,16 @@ def test_full_disk(told, here):
         assert 'x: cannot be written' in done.stderr and os.listdir() == [], done.stderr
 
 
-def test_push_refused(told, here, command):
+def test_push_refused(told, here, command, monkeypatch):
     "A name that no artifact can have, before any work; a private repository is for the hub alone."
     for argv, why in ((['--push', 'wandb:bad name!'], 'letters, digits'), (['--private'], '--private is for'),
                       (['--private', '--push', 'wandb:x'], '--private is for')):
         code, out, err = command('export', told, '--to', 'x', *argv)
         assert code == 2 and why in err and len(err.splitlines()) == 1 and os.listdir() == [], err
+    from alpaca_ft import use
+    for logged, said in ((True, 'wandb:x'), (False, 'not sent to wandb:x')):
+        monkeypatch.setattr(use, 'push_to_wandb', lambda *args, logged=logged: logged)
+        assert use.send('wandb:x', here, 'p', 'bf16', {}) == said
 
 
 @pytest.mark.parametrize('there', [None, True, False], ids=['new', 'private', 'public'])

@@ -214,6 +214,11 @@ def test_columns_of_the_run(done, here):
     ask_file(here/'ours.jsonl', dict(instruction='Name a tree.'))
     assert to_answer('run', None, '', 'theirs.jsonl', None)[0]['instruction'] == 'Q0?'
     assert to_answer('run', None, '', 'ours.jsonl', None)[0]['instruction'] == 'Name a tree.'
+    with open('run/config.yaml', 'a') as f:
+        f.write('columns: messages=chat\n')
+    chat = [dict(role='user', content='Q1?'), dict(role='assistant', content='A1.')]
+    ask_file(here/'both.jsonl', dict(instruction='x', output='y', chat=chat), dict(instruction='x', chat=chat[:1]))
+    assert [r['instruction'] for r in to_answer('run', None, '', 'both.jsonl', None)] == ['Q1?', 'Q1?']
 
 
 def test_rows_without_answers(here):
