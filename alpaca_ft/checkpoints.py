@@ -571,11 +571,13 @@ def memory_advice(
 def disk_trouble(
     e,  # an exception
 )->bool:  # whether it says that the disk is full or cannot be written
-    "Recognise a full or broken disk, also through safetensors."
+    "Recognise a full or broken disk, also through safetensors, tokenizers and NumPy."
     numbers = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
     if getattr(e, 'errno', None) in numbers:
         return True
-    return type(e).__name__ == 'SafetensorError' and any(f'os error {n})' in str(e) for n in numbers)
+    if isinstance(e, OSError) and e.errno is None and 'requested and' in str(e):
+        return True  # NumPy's words for a file that took a part only
+    return any(f'os error {n})' in str(e) for n in numbers)
 
 # %% ../nbs/12_checkpoints.ipynb #12-096
 def explained(

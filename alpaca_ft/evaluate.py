@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import urllib.request
@@ -53,7 +54,8 @@ def find_model(
     if not (folder/'config.yaml').exists():
         return str(run), {}
     if not any((folder/'model'/name).exists() for name in ('config.json', 'adapter_config.json')):
-        raise Refused(f'{run}: the run has no model yet; finish it with alpaca_ft train --resume --out {run}')
+        words = ['alpaca_ft', 'train', '--config', f'{run}/config.yaml', '--resume', '--out', str(run)]
+        raise Refused(f'{run}: the run has no model yet; finish it with: {shlex.join(words)}')
     return str(folder/'model'), read_run(folder)['config']
 
 # %% ../nbs/08_evaluate.ipynb #08-010
@@ -735,9 +737,8 @@ def common_rows(
     "The rows that all runs held back; raises `Refused` if they held back different ones."
     quiet()
     tokenizers = []
-    for run, config in zip(runs, configs):
-        trust = trust_remote_code or config.get('trust_remote_code', False)
-        tokenizers.append(load_tokenizer(find_model(run)[0], trust))
+    for run in runs:
+        tokenizers.append(load_tokenizer(find_model(run)[0], trust_remote_code))
     rows = held_out(configs[0], data, tokenizers[0])
     if data:
         each = zip(runs, configs, tokenizers)
@@ -936,11 +937,10 @@ def measure_each(
 )->dict:  # what `measure` says of each model, by its name
     "Measure the models one after another, in the template of the first."
     seq_len = max(config.get('seq_len', 1024) for config in configs)
-    trust = trust_remote_code or any(config.get('trust_remote_code') for config in configs)
-    check_models(models, rows, trust)
+    check_models(models, rows, trust_remote_code)
     like, each = next(iter(models.values())), {}
     for name, model in models.items():
-        each[name] = measure(model, rows, seq_len, n_samples, max_new_tokens, trust, tasks, like)
+        each[name] = measure(model, rows, seq_len, n_samples, max_new_tokens, trust_remote_code, tasks, like)
     return each
 
 # %% ../nbs/08_evaluate.ipynb #08-083

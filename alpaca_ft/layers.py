@@ -53,7 +53,11 @@ def header(
     "What a file of weights says of its tensors: JSON behind eight bytes that tell its length."
     with open(file, 'rb') as f:
         n = int.from_bytes(f.read(8), 'little')
-        about = json.loads(f.read(n))
+        try:
+            about = json.loads(f.read(min(n, os.path.getsize(file))))
+        except ValueError:
+            raise Refused(f'{file}: not a file of weights, or a damaged one; if it is a Git LFS pointer, '
+                          '`git lfs pull` fetches the file') from None
     about.pop('__metadata__', None)
     return about, 8 + n
 

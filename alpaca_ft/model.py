@@ -10,8 +10,8 @@ __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', '
            'goes_to_experts', 'lora_modules', 'check_rotate', 'check_trains', 'resolve_choice', 'layer_weights',
            'drawn', 'at_work', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail',
            'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved',
-           'write_model', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate', 'model_shape',
-           'model_folder']
+           'write_model', 'as_readable', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate',
+           'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -46,10 +46,15 @@ def demo_model()->Path:  # a folder that `from_pretrained` reads
     "The demo model's folder under `cache_dir()`; fetched and converted at the first call (one process at a time)."
     from filelock import FileLock
     out = cache_dir()/DEMO['name']
-    if out.exists():
-        return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{out}.lock'):
+    try:
+        if out.exists():
+            return out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f'{out}.lock').acquire()
+    except OSError as e:
+        raise Refused(f'{out.parent}: cannot be read or written ({e.strerror}); set ALPACA_FT_CACHE to a folder that '
+                      'can') from None
+    with lock:
         if not out.exists():
             print(f"fetching the demo model {DEMO['name']} (93 MB, once) into {out}", file=sys.stderr)
             with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
@@ -909,6 +914,14 @@ def write_model(
         tokenizer.save_pretrained(folder)
     finally:
         tokenizer.chat_template = template
+    as_readable(folder)
+
+def as_readable(
+    folder:Path,  # what `save_pretrained` wrote
+)->None:
+    "Let those read the weights who may read the other files; safetensors leaves them to their owner alone."
+    for file in folder.glob('*.safetensors'):
+        shutil.copymode(folder/'tokenizer_config.json', file)
 
 # %% ../nbs/04_model.ipynb #03-062
 def save_model(
@@ -1049,6 +1062,10 @@ def _remedy(why, folder):
     "What to do about a model that cannot be loaded."
     if 'safetensors' in why and folder.is_dir():
         return 'its weights are pickles, which can run code: convert them to safetensors'
+    if 'custom code' in why:
+        return 'type --trust-remote-code if you trust it'
+    if 'deserializing header' in why:
+        return 'a file of weights is damaged, or a Git LFS pointer: fetch it again (`git lfs pull`)'
     if folder.is_dir():
         return 'check the folder'
     return 'give a local folder, or check the name, the network and `hf auth login`'

@@ -279,6 +279,9 @@ def read_config(
     given = dict(PRESETS[preset])
     if path is not None:
         given.update(read_yaml(path))
+        if given.get('trust_remote_code') and options.get('trust_remote_code') is None:
+            raise Refused(f'{path}: sets trust_remote_code, and no file may let code run; type --trust-remote-code too '
+                          'if you trust the model')
     for k, v in options.items():
         if v is not None:
             given[k] = v

@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -154,14 +154,16 @@ def make_folder(
             raise Refused(f'{out}: cannot be made ({e.strerror}); give another --out') from None
         return out
     base, n = Path('runs')/(Path(cfg.model).name or 'run'), 1
-    base.parent.mkdir(exist_ok=True)
-    while True:
-        out = base if n == 1 else base.with_name(f'{base.name}-{n}')
-        try:
-            out.mkdir()
-            return out
-        except FileExistsError:
+    try:
+        base.parent.mkdir(exist_ok=True)
+        while True:
+            out = base if n == 1 else base.with_name(f'{base.name}-{n}')
+            with suppress(FileExistsError):
+                out.mkdir()
+                return out
             n += 1
+    except OSError as e:
+        raise Refused(f'{base}: cannot be made ({e.strerror}); give another --out') from None
 
 # %% ../nbs/16_run.ipynb #16-023
 @contextmanager
@@ -180,6 +182,8 @@ def run_folder(
         lock.acquire()
     except Timeout:
         raise Refused(f'{out}: another run is at work there; wait for it, or give another --out') from None
+    except OSError as e:
+        raise Refused(f'{out}: cannot be written to ({e.strerror}); give another --out') from None
     refused = False
     try:
         check_out(replace(cfg, out=str(out)))

@@ -113,15 +113,17 @@ def log_folder(
     folder:Path,  # its files
     type:str,  # `dataset` or `model`
     **metadata,  # shown beside it
-)->None:
+)->bool:  # whether it was logged
     "A folder as a W&B artifact; a failure is told, and ends nothing."
     import wandb
     try:
         artifact = wandb.Artifact(name, type=type, metadata=metadata)
         artifact.add_dir(str(folder))
         run.log_artifact(artifact)
+        return True
     except Exception as e:
         print(f'W&B: the artifact {name} was not logged ({e}); {folder} has it', file=sys.stderr)
+        return False
 
 # %% ../nbs/13_tracking.ipynb #13-ev1
 def evaluation_of(

@@ -345,3 +345,85 @@ def test_other_commands(argv, part, here, tiny, command, monkeypatch):
     code, out, err = command(*argv)
     assert (code, out, len(err.splitlines())) == (2, '', 1), err
     assert part in err and sorted(here.rglob('*')) == before, err
+
+
+@pytest.mark.parametrize('argv,part', [
+    (['sample', './tiny', '--instruction', 'x', '--max-new-tokens', 0], '--max-new-tokens: is 0; give at least 1'),
+    (['sample', './tiny', '--instruction', 'x', '--batch-size', 0], '--batch-size: is 0; give at least 1'),
+    (['chat', './tiny', '--temperature', -1], '--temperature: is -1; give at least 0'),
+    (['chat', './tiny', '--temperature', 'nan'], '--temperature: is nan; give at least 0'),
+    (['chat', './tiny', '--max-new-tokens', 'many'], "--max-new-tokens: invalid int value: 'many'"),
+    (['chat', './tiny', '--max-new-tokens', 600], '600 new tokens leave no room for a message'),
+    (['evaluate', './tiny', '--max-new-tokens', 0], '--max-new-tokens: is 0; give at least 1'),
+    (['evaluate', './tiny', '--n-samples', -1], '--n-samples: is -1; give at least 0'),
+    (['check', '--show', -1], '--show: is -1; give at least 0'),
+])
+def test_numbers(argv, part, here, tiny, command):
+    "A number that cannot serve is refused before any work."
+    import shutil
+    shutil.copytree(tiny, here/'tiny')
+    code, out, err = command(*argv)
+    assert (code, out, len(err.splitlines())) == (2, '', 1) and part in err, err
+
+
+def test_places_that_cannot_be(here, tiny, rows, command, monkeypatch):
+    "A file where a folder should be; a folder where the lock should be; a cache that cannot be made."
+    from alpaca_ft.run import LOCK
+    options = ['train', '--model', tiny, '--data', rows, '--seq-len', 256, '--n-freeze', 2]
+    (here/'runs').write_text('x')
+    (here/'r'/LOCK).mkdir(parents=True)
+    (here/'r/config.yaml').write_text('model: x\n')
+    monkeypatch.setenv('ALPACA_FT_CACHE', '/dev/null/x')
+    for argv, why in ((options, 'runs/tiny: cannot be made (File exists); give another --out'),
+                      ([*options, '--out', 'r', '--resume'], 'r: cannot be written to'),
+                      (['sample', 'demo', '--instruction', 'x'], 'set ALPACA_FT_CACHE')):
+        code, out, err = command(*argv)
+        assert code == 2 and why in err and len(err.splitlines()) == 1, err
+
+
+def test_not_the_weights(here, tiny, rows, command):
+    "What git leaves without LFS, and an empty file: one line that says so, from whoever reads it."
+    import shutil
+    pointer = 'version https://git-lfs.github.com/spec/v1\noid sha256:' + 'a'*64 + '\nsize 269060552\n'
+    for i, text in enumerate((pointer, '')):
+        shutil.copytree(tiny, here/f'm{i}')
+        (here/f'm{i}/model.safetensors').write_text(text)
+        for argv in (['sample', f'./m{i}', '--instruction', 'x'],
+                     ['train', '--model', f'./m{i}', '--data', rows, '--seq-len', 256, '--n-freeze', 2]):
+            code, out, err = command(*argv)
+            assert code == 2 and 'LFS' in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize('shown', [0, 9])
+def test_reader_who_leaves(shown, tiny, rows, monkeypatch, capfd):
+    "`| head -1`: the shell's code for it and not a word, also where all is printed at the end."
+    import os
+    import sys
+    from alpaca_ft.cli import main
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, 'w') as out:
+        monkeypatch.setattr(sys, 'stdout', out)
+        code = main(['check', '--model', str(tiny), '--data', str(rows), '--seq-len', '256', '--n-freeze', '2',
+                     '--show', str(shown)])
+    assert code == 141 and 'alpaca_ft' not in capfd.readouterr().err
+
+
+def test_output_in_another_encoding(tiny, rows, monkeypatch):
+    "A character that the terminal does not have is written as an escape."
+    import io
+    import sys
+    from alpaca_ft.cli import main
+    out = io.TextIOWrapper(io.BytesIO(), encoding='latin-1')
+    monkeypatch.setattr(sys, 'stdout', out)
+    assert main(['check', '--model', str(tiny), '--data', str(rows), '--seq-len', '256', '--n-freeze', '2',
+                 '--show', '1']) == 0
+    assert b'\\u27e6' in out.buffer.getvalue()
+
+
+def test_one_line_for_a_file():
+    "A file that cannot be read or written is named; any other error is a bug, and keeps its traceback."
+    from alpaca_ft.cli import foreseen
+    assert foreseen(PermissionError(13, 'Permission denied', 'a/b')) == (1, 'a/b: Permission denied')
+    assert foreseen(OSError(28, 'No space left on device')) == (1, '[Errno 28] No space left on device')
+    assert foreseen(OSError('odd')) == foreseen(KeyError('x')) == (None, None)

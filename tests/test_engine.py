@@ -642,16 +642,17 @@ def test_no_resource_module(monkeypatch):
     assert cli.peak_memory() == ''
 
 
-def test_remote_code_goes_along(here, tiny, monkeypatch):
-    "A run with --trust-remote-code can be sampled: its model is loaded as it was."
+@pytest.mark.parametrize('typed', [True, False])
+def test_remote_code_is_asked_for(typed, monkeypatch):
+    "What a run says of it does not count, only what is typed now."
     import alpaca_ft.use as use
     seen = []
     monkeypatch.setattr(use, 'find_model', lambda run: ('folder', dict(trust_remote_code=True)))
     monkeypatch.setattr(use, 'load_model', lambda name, dtype=None,
                         trust_remote_code=False: seen.append(trust_remote_code))
     monkeypatch.setattr(use, 'load_tokenizer', lambda name, trust: seen.append(trust))
-    use.load_both('run')
-    assert seen == [True, True]
+    use.load_both('run', trust_remote_code=typed)
+    assert seen == [typed, typed]
 
 
 # multimodal models

@@ -219,6 +219,131 @@ def test_refused(told, here, command):
     assert os.listdir() == ['run']
 
 
+# ---- the folder ----
+
+def made(model, tokenizer):
+    "A run folder with a model that nobody trained."
+    save_model(model, tokenizer, Path('run/model'))
+    Path('run/config.yaml').write_text('model: tiny\n')
+
+
+ROPES = {  # (config class, its rotary positions, what transformers 4 calls them)
+    'base': ('LlamaConfig', dict(rope_type='default', rope_theta=1e5), dict(rope_theta=1e5, rope_scaling=None)),
+    'stretched': ('LlamaConfig', STRETCH, dict(
+        rope_theta=1e4, rope_scaling={k: v for k, v in STRETCH.items() if k != 'rope_theta'})),
+    'part': ('PhiConfig', dict(rope_type='default', rope_theta=1e5, partial_rotary_factor=0.5),
+             dict(rope_theta=1e5, rope_scaling=None, partial_rotary_factor=0.5)),
+}
+
+
+@pytest.mark.parametrize('name', ROPES)
+def test_words_of_transformers_4(name, tokenizer, here):
+    "They are there too, and change nothing for transformers 5; weights can be read by whoever reads the rest."
+    from matrix import COMMON, model_of
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from alpaca_ft.use import write_hf
+    kind, rope, words = ROPES[name]
+    made(model_of(config=kind, rope_parameters=rope, options=COMMON), tokenizer)
+    write_hf('run', Path('x'), 'fp32', False)
+    config = json.loads(Path('x/config.json').read_text())
+    assert {k: config[k] for k in words} == words and config['rope_parameters'] == rope
+    about = json.loads(Path('x/tokenizer_config.json').read_text())
+    assert about['tokenizer_class'] == 'PreTrainedTokenizerFast' and 'extra_special_tokens' not in about
+    ids, again = AutoTokenizer.from_pretrained('run/model')(TEXT)['input_ids'], AutoTokenizer.from_pretrained('x')
+    assert again(TEXT)['input_ids'] == ids and again.chat_template
+    a, b = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in ('run/model', 'x'))
+    assert torch.equal(logits(a, ids), logits(b, ids))
+    modes = {(f.name, f.stat().st_mode & 0o777) for folder in ('run/model', 'x') for f in Path(folder).iterdir()}
+    assert len({mode for _, mode in modes}) == 1, modes
+
+
+TURNS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize('method', ['lora', 'freeze'])
+def test_chat_export_stops(method, tokenizer, rows, here, capfd):
+    "What ends a turn ends an answer, in the merged model too; and nothing of a deprecation is said."
+    import copy
+    from conftest import tiny_model
+    from transformers import GenerationConfig
+    from alpaca_ft.prompts import end_ids
+    tok = copy.deepcopy(tokenizer)
+    tok.add_special_tokens(dict(additional_special_tokens=['<|im_start|>', '<|im_end|>']))
+    tok.chat_template = TURNS
+    tiny_model(608).save_pretrained('tiny')
+    tok.save_pretrained('tiny')
+    train(RunConfig(model='tiny', data=str(rows), out='run', method=method, n_freeze=3, seq_len=256, max_steps=1,
+                    n_samples=0, dtype='fp32', template='chat'), [])
+    capfd.readouterr()
+    export('run', 'x')
+    assert 'Warning' not in capfd.readouterr().err
+    ends = end_ids(load_tokenizer('run/model'))
+    assert len(ends) == 2 and GenerationConfig.from_pretrained('x').eos_token_id == ends
+
+
+def test_nothing_of_this_machine_in_the_card(tiny, rows, here):
+    "Neither the model's folder nor that of the rows, which are where a stranger cannot go."
+    from alpaca_ft.evaluate import evaluate
+    from alpaca_ft.use import model_card
+    train(RunConfig(model=str(tiny), data=str(rows), out='run', n_freeze=3, seq_len=256, max_steps=1, n_samples=0,
+                    dtype='fp32'), [])
+    evaluate('run', n_samples=0)
+    card = model_card('run', 'bf16')
+    assert 'tiny, freeze-tuned' in card and '`rows.jsonl`: ' in card and 'Against tiny:' in card
+    assert str(tiny.parent) not in card and str(rows.parent) not in card and 'base_model' not in card
+
+
+def test_full_disk(told, here):
+    "One line, and nothing is left, in either format."
+    import resource
+    import signal
+    import several
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    for format in ('hf', 'gguf'):
+        done = several.command('export', told, '--to', 'x', '--format', format, before=full)
+        assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
+        assert 'x: cannot be written' in done.stderr and os.listdir() == [], done.stderr
+
+
+def test_push_refused(told, here, command, monkeypatch):
+    "A name that no artifact can have, before any work; a private repository is for the hub alone."
+    for argv, why in ((['--push', 'wandb:bad name!'], 'letters, digits'), (['--private'], '--private is for'),
+                      (['--private', '--push', 'wandb:x'], '--private is for')):
+        code, out, err = command('export', told, '--to', 'x', *argv)
+        assert code == 2 and why in err and len(err.splitlines()) == 1 and os.listdir() == [], err
+    from alpaca_ft import use
+    for logged, said in ((True, 'wandb:x'), (False, 'not sent to wandb:x')):
+        monkeypatch.setattr(use, 'push_to_wandb', lambda *args, logged=logged: logged)
+        assert use.send('wandb:x', here, 'p', 'bf16', {}) == said
+
+
+@pytest.mark.parametrize('there', [None, True, False], ids=['new', 'private', 'public'])
+def test_private_repository(there, tmp_path, monkeypatch):
+    "It is made so; one that is there already and public gets nothing."
+    import huggingface_hub
+    from alpaca_ft import Refused
+    from alpaca_ft.use import push_to_hub
+    class Hub:
+        is_private, sent = there, []
+        def create_repo(self, name, private=None, exist_ok=False):
+            Hub.is_private = private if there is None else there
+        def model_info(self, name):
+            return type('Info', (), dict(private=Hub.is_private))
+        def upload_folder(self, **kw):
+            Hub.sent.append(kw)
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Hub)
+    if there is False:
+        with pytest.raises(Refused, match='is there already, and public'):
+            push_to_hub(tmp_path, 'me/x', True)
+        assert not Hub.sent
+    else:
+        push_to_hub(tmp_path, 'me/x', True)
+        assert Hub.is_private and len(Hub.sent) == 1
+
+
 # ---- Ollama ----
 
 # those that Ollama documents and we write

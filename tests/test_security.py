@@ -69,6 +69,38 @@ def test_no_remote_code(untrusted, rows):
     assert (untrusted/'sentinel').exists(), 'the sentinel does not work: ' + err
 
 
+@pytest.mark.parametrize('kind', ['known', 'unknown'])
+def test_no_remote_code_of_a_run(kind, untrusted, rows, tiny):
+    "A stranger's run folder that says it was trained with the flag: the code in it runs only where the flag is typed."
+    import yaml
+    (untrusted/'run').mkdir()
+    shutil.move(untrusted/kind, untrusted/'run/model')
+    config = dict(model=str(tiny), data=str(rows), seq_len=256, trust_remote_code=True, versions=dict(alpaca_ft='0'))
+    (untrusted/'run/config.yaml').write_text(yaml.safe_dump(config))
+    for argv in (['sample', 'run', '--instruction', 'hi', '--max-new-tokens', 2], ['chat', 'run'],
+                 ['evaluate', 'run', '--against', 'none', '--n-samples', 0], ['export', 'run', '--to', 'x'],
+                 ['export', 'run', '--to', 'y', '--format', 'gguf']):
+        done = several.command(*argv, cwd=untrusted)
+        assert not (untrusted/'sentinel').exists() and 'Traceback' not in done.stderr, (argv, done.stderr)
+        assert done.returncode == 2 and done.stderr.count('\n') == 1, (argv, done.stderr)
+        assert 'gguf' in argv or done.stderr.endswith('type --trust-remote-code if you trust it\n'), done.stderr
+
+
+@pytest.mark.parametrize('extra', [{}, dict(versions=dict(alpaca_ft='0'))], ids=['options', 'of a run'])
+def test_no_file_allows_code(extra, here, command):
+    "A file of options, such as a stranger's config.yaml, cannot stand for the flag."
+    import yaml
+    from alpaca_ft import Refused, read_config
+    (here/'c.yaml').write_text(yaml.safe_dump(dict(trust_remote_code=True) | extra))
+    for name in ('check', 'train'):
+        code, out, err = command(name, '--config', 'c.yaml')
+        assert code == 2 and len(err.splitlines()) == 1 and 'type --trust-remote-code' in err, err
+    with pytest.raises(Refused):
+        read_config('c.yaml')
+    assert read_config('c.yaml', trust_remote_code=True).trust_remote_code
+    assert not read_config('c.yaml', trust_remote_code=False).trust_remote_code
+
+
 def test_nothing_that_runs_code():
     "No pickles, no evaluation of text, no shell, no remote code by default in the package."
     for p in sorted((root/'alpaca_ft').glob('*.py')):

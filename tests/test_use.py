@@ -4,12 +4,15 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import select
 import time
+from pathlib import Path
 
 import pytest
 import several
@@ -181,6 +184,117 @@ def test_no_model_yet(done, here, command):
     (here/'run'/'config.yaml').write_text((done.out/'config.yaml').read_text())
     code, out, err = command('sample', 'run', '--instruction', 'x')
     assert code == 2 and 'has no model yet' in err
+
+
+def test_advice_works(done, here, command):
+    "The command that is named for a run without a model, typed as it stands, ends the run."
+    name = 'a run'
+    shutil.copytree(done.out, name, ignore=shutil.ignore_patterns('model'))
+    code, out, err = command('sample', name, '--instruction', 'x')
+    assert code == 2, err
+    typed = shlex.split(err.partition('finish it with: ')[2])
+    code, out, err = command(*typed[1:])
+    assert typed[0] == 'alpaca_ft' and code == 0 and (here/name/'model/config.json').exists(), (typed, err)
+
+
+# rows that are asked
+
+def ask_file(path, *rows):
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return path
+
+
+def test_columns_of_the_run(done, here):
+    "Where a file has the names that the run's rows had, these count, as in training; else our own."
+    from alpaca_ft.use import to_answer
+    shutil.copytree(done.out, 'run')
+    with open('run/config.yaml', 'a') as f:
+        f.write('columns: instruction=question,output=answer\n')
+    ask_file(here/'theirs.jsonl', dict(instruction='Answer the question.', question='Q0?', answer='a'))
+    ask_file(here/'ours.jsonl', dict(instruction='Name a tree.'))
+    assert to_answer('run', None, '', 'theirs.jsonl', None)[0]['instruction'] == 'Q0?'
+    assert to_answer('run', None, '', 'ours.jsonl', None)[0]['instruction'] == 'Name a tree.'
+    with open('run/config.yaml', 'a') as f:
+        f.write('columns: messages=chat\n')
+    chat = [dict(role='user', content='Q1?'), dict(role='assistant', content='A1.')]
+    ask_file(here/'both.jsonl', dict(instruction='x', output='y', chat=chat), dict(instruction='x', chat=chat[:1]))
+    assert [r['instruction'] for r in to_answer('run', None, '', 'both.jsonl', None)] == ['Q1?', 'Q1?']
+
+
+def test_rows_without_answers(here):
+    "An empty answer is none; and of a question with a chat beside it the question counts, as in training."
+    from alpaca_ft.use import ask_rows
+    turns = [dict(role='user', content='x')]
+    ask_file(here/'a.jsonl', dict(instruction='a', output=''), dict(instruction='b', output=None),
+             dict(instruction='c', messages=turns), dict(prompt='d', completion=''), dict(instruction='e', output='f'),
+             dict(messages=turns, output=''))
+    rows = ask_rows('a.jsonl')
+    assert [r['instruction'] for r in rows] == ['a', 'b', 'c', 'd', 'e', 'x']
+    assert [r.get('output') for r in rows] == [None]*4 + ['f', None] and not any('messages' in r for r in rows)
+
+
+def test_place_of_the_answers(done, here, command, monkeypatch):
+    "It is looked at before the model is loaded; what was answered before an interruption stays, and is named later."
+    from alpaca_ft import use
+    ask_file(here/'a.jsonl', *[dict(instruction=f'Name {i}.') for i in range(20)])
+    Path('file').write_text('x')
+    Path('empty.jsonl').write_text('')
+    load = use.load_both
+    monkeypatch.setattr(use, 'load_both', None)
+    for argv, why in ((['a.jsonl', '--to', 'nodir/x.jsonl'], 'nodir/x.jsonl: cannot be written'),
+                      (['a.jsonl', '--to', 'file/x.jsonl'], 'cannot be written'),
+                      (['empty.jsonl'], 'empty.jsonl: no rows')):
+        code, out, err = command('sample', done.out, '--file', *argv)
+        assert code == 2 and why in err and len(err.splitlines()) == 1, err
+    monkeypatch.setattr(use, 'load_both', load)
+    answer, n = use.answers_to, iter('ok')
+    def stops(*args):
+        if not next(n, None):
+            raise KeyboardInterrupt
+        return answer(*args)
+    monkeypatch.setattr(use, 'answers_to', stops)
+    argv = ['sample', done.out, '--file', 'a.jsonl', '--max-new-tokens', 2, '--batch-size', 1]
+    assert command(*argv, '--to', 'x.jsonl')[0] == 130
+    assert not Path('x.jsonl').exists() and len(Path('x.jsonl.part').read_text().splitlines()) == 16
+    code, out, err = command(*argv, '--to', 'x.jsonl')
+    assert code == 2 and 'x.jsonl.part' in err and len(err.splitlines()) == 1, err
+    n = iter('ok')
+    code, out, err = command(*argv)
+    assert code == 130 and len(out.splitlines()) == 16, err  # printed as they come
+
+
+def test_prompts_that_are_cut(done, tiny, here, command):
+    "One line says how many; a model folder has all the positions of its model."
+    ask_file(here/'a.jsonl', dict(instruction='Sum up.', input='The tide came in. '*80), dict(instruction='Hi.'))
+    code, out, err = command('sample', done.out, '--file', 'a.jsonl', '--max-new-tokens', 2)
+    assert code == 0 and '1 of 2 prompts have more than 256 tokens and were cut' in err, err
+    code, out, err = command('sample', tiny, '--file', 'a.jsonl', '--max-new-tokens', 2)
+    assert code == 0 and '1 of 2 prompts have more than 510 tokens' in err, err
+    code, out, err = command('sample', done.out, '--instruction', 'Hi.', '--max-new-tokens', 2)
+    assert code == 0 and 'cut' not in err, err
+
+
+def test_template_of_a_foreign_model(done, tokenizer, here, command):
+    "Alpaca's prompts, with a line that says so where the model has a template of its own, or that one."
+    from copy import deepcopy
+    from conftest import tiny_model
+    from test_export import TURNS
+    from alpaca_ft.use import load_both, prompts_of
+    tok = deepcopy(tokenizer)
+    tok.add_special_tokens(dict(additional_special_tokens=['<|im_start|>', '<|im_end|>']))
+    tok.chat_template = TURNS
+    tiny_model(608).save_pretrained('other')
+    tok.save_pretrained('other')
+    argv, said = ['sample', './other', '--instruction', 'Hi.', '--max-new-tokens', 2], "asked in Alpaca's prompts"
+    for more, hint in (([], True), (['--template', 'alpaca'], False), (['--template', 'chat'], False)):
+        code, out, err = command(*argv, *more)
+        assert code == 0 and (said in err) is hint, err
+    assert said not in command('sample', done.out, *argv[2:])[2]
+    asked = prompts_of([dict(instruction='Hi.', input='')], load_both('./other', template='chat')[1], 99)
+    assert asked == ['<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n']
+    for name in ('sample', 'chat'):
+        code, out, err = command(name, done.out, *argv[2:4 if name == 'sample' else 2], '--template', 'chat')
+        assert code == 2 and 'template of its training' in err and len(err.splitlines()) == 1, err
 
 
 class Terminal:
