@@ -210,7 +210,8 @@ def step_peaks(
     tally.again()
     for batch in batches[:2]:
         tally.kind = 'activations'
-        result = loss(**batch, divisor=1, micro_batches=number)
+        with Patience(tally):
+            result = loss(**batch, divisor=1, micro_batches=number)
         tally.kind = 'temporaries'
         result.backward(torch.tensor(1., device=result.device))  # a number that is known without contents
         del result
@@ -223,7 +224,7 @@ def step_peaks(
     tally.again()
     tally.kind = 'activations'
     loss.eval()
-    with torch.no_grad():
+    with torch.no_grad(), Patience(tally):
         loss(**batch, each_token=True)
     found['an evaluation'] = tally.at_peak
     return found
@@ -250,11 +251,13 @@ def moments(
             if cfg.activation_checkpointing:
                 checkpoint_trained(loss.tail.model)
             batches = make_batches(cfg, loss, batch, as_fake, hidden)
-            with tally, Patience(tally):
+            with tally, torch.autograd.set_multithreading_enabled(False):  # a backward pass in this thread
                 return step_peaks(loss, batches, tally, cfg.optim)
 
     if real:
         return count(model, torch.clone)
+    if device.type not in ('cpu', 'cuda', 'mps', 'xpu'):
+        device = torch.device('cpu')
     with no_contents():
         return count(twin(model, device), lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
 
