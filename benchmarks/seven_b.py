@@ -5,8 +5,8 @@ usage: python benchmarks/seven_b.py FOLDER [--only REGEX] [--out FILE]
 FOLDER gets the model (13 GB of safetensors, made shard by shard), its rows, the kept states (0.2 GB) and the runs (at
 most 13 GB, deleted one after another). Run again, it uses the model and the states that are there. Each way of training
 is a command of its own that reads the frozen layers one by one; the kernel says how much memory was resident at most.
-Afterwards the tuned model's files are compared with the original ones, tensor by tensor. On two cores that compute in
-bf16 it took half an hour with the states there, and the states took another half. Linux only.
+Afterwards the tuned model's files are compared with the original ones, tensor by tensor. With the states there, on two
+cores that compute in bf16, the second way took 13 minutes and the third 8. Linux only.
 """
 import argparse
 import json
