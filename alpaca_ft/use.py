@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HELP', 'DTYPES', 'DEMO_ID', 'SETTINGS', 'check_room', 'ask_in', 'positions', 'load_both', 'ask_rows', 'questions',
-           'ask_row', 'as_asked', 'check_place', 'to_answer', 'prompts_of', 'answers_to', 'sample', 'turn_ids',
-           'conversation_ids', 'Show', 'stream_answer', 'read_message', 'messages', 'within', 'chat', 'table',
-           'verbatim', 'measured', 'public_name', 'weights_in', 'how_to_ask', 'card_head', 'how_trained', 'data_of',
-           'model_card', 'check_written', 'merged_model', 'for_older', 'write_hf', 'check_kind', 'write_gguf_folder',
-           'check_push', 'check_export', 'write_files', 'fresh_part', 'as_failed', 'export', 'push_to_hub',
-           'push_to_wandb', 'send']
+           'ask_row', 'as_asked', 'check_place', 'to_answer', 'prompts_of', 'answers_to', 'hand_out', 'sample',
+           'turn_ids', 'conversation_ids', 'Show', 'stream_answer', 'read_message', 'messages', 'message_room',
+           'within', 'with_message', 'chat', 'table', 'verbatim', 'measured', 'public_name', 'weights_in', 'how_to_ask',
+           'card_head', 'how_trained', 'data_of', 'model_card', 'check_written', 'merged_model', 'for_older',
+           'write_hf', 'check_kind', 'write_gguf_folder', 'check_push', 'check_export', 'write_files', 'fresh_part',
+           'as_failed', 'export', 'push_to_hub', 'push_to_wandb', 'send']
 
 # %% ../nbs/17_use.ipynb #17-003
 import json
@@ -23,6 +23,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+# %% ../nbs/17_use.ipynb #b17a5593
 import torch
 import transformers
 import yaml
@@ -209,7 +210,7 @@ def to_answer(
         raise Refused(problem)
     return rows
 
-# %% ../nbs/17_use.ipynb #17-016-s1
+# %% ../nbs/17_use.ipynb #c43b605b
 def prompts_of(
     rows:list,  # see `ask_rows`
     tokenizer,  # of the model
@@ -228,6 +229,7 @@ def prompts_of(
         print(f'{n_cut:,} of {len(rows):,} prompts have more than {room:,} tokens and were cut', file=sys.stderr)
     return prompts
 
+# %% ../nbs/17_use.ipynb #17-016-s1
 def answers_to(
     rows:list,  # see `ask_rows`
     prompts:list,  # theirs
@@ -241,6 +243,19 @@ def answers_to(
     for row, a in zip(rows, generate_all(prompts, model, tokenizer, max_new_tokens, batch_size)):
         lines.append(as_asked(row) | dict(generation=a['text'], tokens=a['tokens'], stopped=a['stopped']))
     return lines
+
+# %% ../nbs/17_use.ipynb #333d71da
+def hand_out(
+    lines:list,  # rows with their answers
+    to,  # see `sample`
+    safe,  # function that makes a text fit to print
+)->None:
+    "Write a part of the answers to the file beside `to`, or print them."
+    if to:
+        append_jsonl(Path(f'{to}.part'), lines)
+        return
+    for line in lines:
+        print(safe(json.dumps(line, ensure_ascii=False)), flush=True)
 
 # %% ../nbs/17_use.ipynb #17-016-s1-s1
 def sample(
@@ -263,13 +278,9 @@ def sample(
     for i in range(0, len(rows), 8*batch_size):
         part = slice(i, i + 8*batch_size)
         lines = answers_to(rows[part], prompts[part], model, tokenizer, max_new_tokens, batch_size)
-        if to:
-            append_jsonl(Path(f'{to}.part'), lines)
-        elif not file:
+        if not to and not file:
             return safe(lines[0]['generation'])
-        else:
-            for line in lines:
-                print(safe(json.dumps(line, ensure_ascii=False)), flush=True)
+        hand_out(lines, to, safe)
     if to:
         os.rename(f'{to}.part', to)
 
@@ -365,6 +376,18 @@ def messages():  # a generator of texts
         else:
             yield message
 
+# %% ../nbs/17_use.ipynb #1350c803
+def message_room(
+    model,  # causal language model
+    max_new_tokens:int,  # in an answer, at most
+)->int:  # tokens
+    "How long a conversation may be before its answer; raises `Refused` if nothing is left for it."
+    room = positions(model) - max_new_tokens
+    if room < 1:
+        raise Refused(f'{max_new_tokens:,} new tokens leave no room for a message: the model has {positions(model):,} '
+                      'positions; give a smaller --max-new-tokens')
+    return room
+
 # %% ../nbs/17_use.ipynb #17-041-s1
 def within(
     turns:list,  # (message, token ids of its answer) pairs
@@ -380,6 +403,24 @@ def within(
         print('[the oldest turn was forgotten]')
     return turns, ids
 
+# %% ../nbs/17_use.ipynb #66fb698a
+def with_message(
+    turns:list,  # (message, token ids of its answer) pairs
+    message:str,  # the new one
+    tokenizer,  # of the model
+    room:int,  # tokens
+)->tuple:  # (the turns that stay, token ids of the conversation or None if there is nothing to answer)
+    "The conversation with a new message, or a line that says why it cannot be answered."
+    try:
+        turns, ids = within(turns, message, tokenizer, room)
+    except Refused as e:  # the chat template does not take it
+        print(f'[{e}]')
+        return turns, None
+    if len(ids) > room:
+        print(f'[too long: {len(ids):,} tokens, there is room for {room:,}]')
+        return turns, None
+    return turns, ids
+
 # %% ../nbs/17_use.ipynb #17-041-s1-s1
 def chat(
     run,  # a run folder, a model folder, `demo` or a hub id
@@ -392,23 +433,15 @@ def chat(
     model, tokenizer, _ = load_both(run, trust_remote_code=trust_remote_code, template=template)
     sampled = dict(do_sample=True, temperature=temperature) if temperature else {}
     settings = generation_config(model, tokenizer, max_new_tokens, **sampled)
-    room = positions(model) - max_new_tokens
-    if room < 1:
-        raise Refused(f'{max_new_tokens:,} new tokens leave no room for a message: the model has {positions(model):,} '
-                      'positions; give a smaller --max-new-tokens')
+    room = message_room(model, max_new_tokens)
     turns = []  # (message, token ids of its answer)
     for message in messages():
         if message == '/reset':
             turns = []
             print('forgotten')
             continue
-        try:
-            turns, ids = within(turns, message, tokenizer, room)
-        except Refused as e:  # the chat template does not take it
-            print(f'[{e}]')
-            continue
-        if len(ids) > room:
-            print(f'[too long: {len(ids):,} tokens, there is room for {room:,}]')
+        turns, ids = with_message(turns, message, tokenizer, room)
+        if ids is None:
             continue
         try:
             turns.append((message, stream_answer(ids, model, tokenizer, settings)))
