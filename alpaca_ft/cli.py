@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'add_options', 'at_least', 'make_parser', 'peak_memory', 'completion', 'foreseen', 'several', 'says',
-           'main']
+           'parsed', 'main']
 
 # %% ../nbs/18_cli.ipynb #18-002
 import argparse
@@ -83,75 +83,83 @@ def at_least(
     return number
 
 # %% ../nbs/18_cli.ipynb #18-016
+COMMANDS = {}  # command: (help, 'module:function', {argument: how argparse takes it})
+COMMANDS['report'] = ('one HTML file of a run, or of several compared', 'report:write_report', {
+    'folders': dict(metavar='RUN', nargs='+', help='run folders, at most six'),
+    '--to': dict(metavar='FILE', help='the file [RUN/report.html; several runs: report.html]'),
+})
+
+# %% ../nbs/18_cli.ipynb #4811b4f9
 _run = dict(metavar='RUN', help='a run folder, a model folder or a hub id')
 _template = dict(metavar='alpaca|chat|FILE', help='of a model that was not trained here: how it is asked [alpaca]')
 _tokens = dict(type=at_least(1), default=256, metavar='N', help='tokens in an answer, at most [256]')
 _trust = dict(action='store_true', help='run Python code that comes with the model')
 
-COMMANDS = dict(  # command: (help, 'module:function', {argument: how argparse takes it})
-    report=('one HTML file of a run, or of several compared', 'report:write_report', {
-        'folders': dict(metavar='RUN', nargs='+', help='run folders, at most six'),
-        '--to': dict(metavar='FILE', help='the file [RUN/report.html; several runs: report.html]'),
-    }),
-    sample=('answer a prompt, or a file of rows', 'use:sample', {
-        'run': _run,
-        '--instruction': dict(metavar='TEXT', help='one prompt'),
-        '--input': dict(default='', metavar='TEXT', help='its input'),
-        '--file': dict(metavar='ROWS', help='a file of rows (.json, .jsonl, .csv, .parquet)'),
-        '--to': dict(metavar='FILE', help='JSON lines, instead of printing'),
-        '--max-new-tokens': _tokens,
-        '--batch-size': dict(type=at_least(1), default=16, metavar='N', help='prompts at once [16]'),
-        '--template': _template,
-        '--trust-remote-code': _trust,
-    }),
-    chat=('talk to a model', 'use:chat', {
-        'run': _run,
-        '--max-new-tokens': _tokens,
-        '--temperature': dict(type=at_least(0, float), default=0., metavar='T',
-                              help='0: always the likeliest token [0]'),
-        '--template': _template,
-        '--trust-remote-code': _trust,
-    }),
-    evaluate=('measure a run before and after, or several, on rows held back', 'evaluate:evaluate', {
-        'runs': _run | dict(nargs='+', help='a run folder, a model folder or a hub id; several: the mean of them'),
-        '--against': dict(nargs='?', const='base', metavar='MODEL',
-                          help='compare with this model; `none`: with nothing [the one that the run started from]'),
-        '--data': dict(metavar='ROWS', help='rows [those that the run held back]'),
-        '--n-samples': dict(type=at_least(0), metavar='N', help='rows answered, from the first on [all]'),
-        '--max-new-tokens': _tokens,
-        '--tasks': dict(metavar='FILE', nargs='+',
-                        help='task files of lm-eval with local data (needs lm_eval)'),
-        '--judge-url': dict(metavar='URL', help='an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, '
-                            'that says which answer is better; it gets prompts and answers'),
-        '--judge-model': dict(default='gpt-4o-mini', metavar='NAME', help="the judge's model [gpt-4o-mini]"),
-        '--to': dict(metavar='FOLDER', help="for the results [the run's; several runs: evaluation]"),
-        '--trust-remote-code': _trust,
-    }),
-    export=('a model folder for plain transformers, or a GGUF file, with a model card', 'use:export', {
-        'run': _run | dict(help='a run folder'),
-        '--to': dict(required=True, metavar='FOLDER', help='must not exist yet'),
-        '--format': dict(choices=('hf', 'gguf'), default='hf',
-                         help='hf: for transformers; gguf: a file for llama.cpp, with a Modelfile for Ollama [hf]'),
-        '--dtype': dict(choices=('bf16', 'fp32'), help='of the weights, for --format hf [bf16]'),
-        '--type': dict(choices=('f16', 'q8_0'), help='of the weights, for --format gguf [f16]'),
-        '--push': dict(metavar='hub:NAME|wandb:NAME', help='send it there too [nothing is sent]'),
-        '--private': dict(action='store_true', help="with hub:NAME: in a repository that others don't see"),
-        '--trust-remote-code': _trust,
-    }),
-    split=('raw Alpaca rows into training and evaluation files, and the W&B artifact alpaca_gpt4_splitted',
-           'tracking:split', {
-        'raw': dict(metavar='RAW', help='a file of rows, or what --data of train takes'),
-        '--out': dict(required=True, metavar='FOLDER', help='must not exist yet'),
-        '--n-eval': dict(type=int, metavar='N', help='rows held back [1000, or a tenth]'),
-        '--seed': dict(type=int, default=42, metavar='N', help='of the shuffle [42]'),
-        '--skip-bad-rows': dict(action='store_true', help='leave unusable rows out'),
-        '--columns': dict(metavar='PART=NAME,...', help="the rows' names, as in instruction=question,output=answer"),
-        '--track': dict(choices=('none', 'wandb'), default='none', help='log tables and the artifact [none]'),
-        '--project': dict(default='alpaca_ft', metavar='NAME', help="the tracker's project [alpaca_ft]"),
-    }),
-    completion=('a script that completes commands, options and file names (needs shtab)',
-                'cli:completion', {'shell': dict(choices=('bash', 'zsh', 'tcsh'), help='that will read the script')}),
-)
+COMMANDS['sample'] = ('answer a prompt, or a file of rows', 'use:sample', {
+    'run': _run,
+    '--instruction': dict(metavar='TEXT', help='one prompt'),
+    '--input': dict(default='', metavar='TEXT', help='its input'),
+    '--file': dict(metavar='ROWS', help='a file of rows (.json, .jsonl, .csv, .parquet)'),
+    '--to': dict(metavar='FILE', help='JSON lines, instead of printing'),
+    '--max-new-tokens': _tokens,
+    '--batch-size': dict(type=at_least(1), default=16, metavar='N', help='prompts at once [16]'),
+    '--template': _template,
+    '--trust-remote-code': _trust,
+})
+COMMANDS['chat'] = ('talk to a model', 'use:chat', {
+    'run': _run,
+    '--max-new-tokens': _tokens,
+    '--temperature': dict(type=at_least(0, float), default=0., metavar='T',
+                          help='0: always the likeliest token [0]'),
+    '--template': _template,
+    '--trust-remote-code': _trust,
+})
+
+# %% ../nbs/18_cli.ipynb #a306eded
+COMMANDS['evaluate'] = ('measure a run before and after, or several, on rows held back', 'evaluate:evaluate', {
+    'runs': _run | dict(nargs='+', help='a run folder, a model folder or a hub id; several: the mean of them'),
+    '--against': dict(nargs='?', const='base', metavar='MODEL',
+                      help='compare with this model; `none`: with nothing [the one that the run started from]'),
+    '--data': dict(metavar='ROWS', help='rows [those that the run held back]'),
+    '--n-samples': dict(type=at_least(0), metavar='N', help='rows answered, from the first on [all]'),
+    '--max-new-tokens': _tokens,
+    '--tasks': dict(metavar='FILE', nargs='+',
+                    help='task files of lm-eval with local data (needs lm_eval)'),
+    '--judge-url': dict(metavar='URL', help='an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, '
+                        'that says which answer is better; it gets prompts and answers'),
+    '--judge-model': dict(default='gpt-4o-mini', metavar='NAME', help="the judge's model [gpt-4o-mini]"),
+    '--to': dict(metavar='FOLDER', help="for the results [the run's; several runs: evaluation]"),
+    '--trust-remote-code': _trust,
+})
+
+# %% ../nbs/18_cli.ipynb #025103eb
+COMMANDS['export'] = ('a model folder for plain transformers, or a GGUF file, with a model card', 'use:export', {
+    'run': _run | dict(help='a run folder'),
+    '--to': dict(required=True, metavar='FOLDER', help='must not exist yet'),
+    '--format': dict(choices=('hf', 'gguf'), default='hf',
+                     help='hf: for transformers; gguf: a file for llama.cpp, with a Modelfile for Ollama [hf]'),
+    '--dtype': dict(choices=('bf16', 'fp32'), help='of the weights, for --format hf [bf16]'),
+    '--type': dict(choices=('f16', 'q8_0'), help='of the weights, for --format gguf [f16]'),
+    '--push': dict(metavar='hub:NAME|wandb:NAME', help='send it there too [nothing is sent]'),
+    '--private': dict(action='store_true', help="with hub:NAME: in a repository that others don't see"),
+    '--trust-remote-code': _trust,
+})
+
+# %% ../nbs/18_cli.ipynb #c605c33e
+COMMANDS['split'] = ('raw Alpaca rows into training and evaluation files, and the W&B artifact alpaca_gpt4_splitted',
+                     'tracking:split', {
+    'raw': dict(metavar='RAW', help='a file of rows, or what --data of train takes'),
+    '--out': dict(required=True, metavar='FOLDER', help='must not exist yet'),
+    '--n-eval': dict(type=int, metavar='N', help='rows held back [1000, or a tenth]'),
+    '--seed': dict(type=int, default=42, metavar='N', help='of the shuffle [42]'),
+    '--skip-bad-rows': dict(action='store_true', help='leave unusable rows out'),
+    '--columns': dict(metavar='PART=NAME,...', help="the rows' names, as in instruction=question,output=answer"),
+    '--track': dict(choices=('none', 'wandb'), default='none', help='log tables and the artifact [none]'),
+    '--project': dict(default='alpaca_ft', metavar='NAME', help="the tracker's project [alpaca_ft]"),
+})
+COMMANDS['completion'] = ('a script that completes commands, options and file names (needs shtab)', 'cli:completion', {
+    'shell': dict(choices=('bash', 'zsh', 'tcsh'), help='that will read the script'),
+})
 
 # %% ../nbs/18_cli.ipynb #18-017
 def make_parser()->argparse.ArgumentParser:  # of the whole command
@@ -280,6 +288,17 @@ def says(
     from alpaca_ft.processes import is_first, speaks
     return is_first() if getattr(e, 'shared', False) else speaks()
 
+# %% ../nbs/18_cli.ipynb #63880dc5
+def parsed(
+    argv:list=None,  # arguments; None: those of the process
+):  # argparse's namespace
+    "What was typed; exits with code 2 if it cannot be read."
+    parser = make_parser()
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        parser.commands[args.command].error('unknown ' + ' '.join(extra))
+    return args
+
 # %% ../nbs/18_cli.ipynb #18-032
 def main(
     argv:list=None,  # arguments; None: those of the process
@@ -288,10 +307,7 @@ def main(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # not in a notebook
             stream.reconfigure(errors='backslashreplace')
-    parser = make_parser()
-    args, extra = parser.parse_known_args(argv)
-    if extra:
-        parser.commands[args.command].error('unknown ' + ' '.join(extra))
+    args = parsed(argv)
     warnings.filterwarnings('ignore', message='IProgress')
     command = dict(train=_train, check=_check).get(args.command, _call)
     try:
