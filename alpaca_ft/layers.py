@@ -5,17 +5,22 @@
 # %% auto #0
 __all__ = ['TYPES', 'NAMES', 'shards', 'header', 'empty_model', 'where_weights_are', 'read_tensor', 'read_weights', 'Large',
            'layer_places', 'load_upper', 'check_names', 'room', 'too_large', 'small_enough', 'spare_memory', 'fetched',
-           'why_not_by_layer', 'large_model', 'order', 'InMemory', 'OnDisk', 'checksum', 'Reached', 'Embedding',
-           'one_stage', 'state_kind', 'send_through', 'forget_embedding', 'states_by_layer', 'new_header', 'pieces',
-           'tensor_pieces', 'write_shard', 'check_shard', 'write_about', 'try_saving_about', 'save_by_shard',
-           'unpermute_rows', 'gguf_names', 'gguf_weight', 'unpack_gguf', 'as_folder']
+           'why_not_by_layer', 'may_go_by_layer', 'goes_by_layer', 'upper_part', 'large_model', 'order', 'InMemory',
+           'Rooms', 'load_row', 'write_at', 'checksum', 'read_log', 'as_logged', 'take_room', 'PassFile', 'give_name',
+           'OnDisk', 'Reached', 'Embedding', 'one_stage', 'state_kind', 'forget_embedding', 'send_row', 'pass_bar',
+           'send_through', 'earlier_states', 'room_or_refused', 'states_by_layer', 'new_header', 'pieces',
+           'tensor_pieces', 'write_shard', 'check_shard', 'write_about', 'try_saving_about', 'by_file', 'write_index',
+           'save_by_shard', 'unpermute_rows', 'gguf_table', 'gguf_names', 'gguf_weight', 'open_gguf', 'save_groups',
+           'unpack_gguf', 'unpack_once', 'as_folder']
 
 # %% ../nbs/a10_layers.ipynb #a9-003
 import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -117,6 +122,7 @@ def read_tensor(
         raise Refused(f'{f.name}: ends before the whole of {key}, or is damaged; fetch it again')
     return t
 
+# %% ../nbs/a10_layers.ipynb #20eea0ed
 def read_weights(
     places:dict,  # name: (file, key), see `where_weights_are`
 )->dict:  # name: tensor
@@ -255,35 +261,53 @@ def why_not_by_layer(
         why = 'prefix_cache is off'
     return why
 
-# %% ../nbs/a10_layers.ipynb #a9-034
-def large_model(
+# %% ../nbs/a10_layers.ipynb #23b76cb7
+def may_go_by_layer(
     cfg:RunConfig,  # the options
-    place:Place,  # device and precision
-)->Large|None:  # None: the model is loaded as a whole
-    "The upper part of a model that is to be read layer by layer; raises `Refused` if that was asked for in vain."
+    place:Place,  # device
+)->bool:
+    "Whether the options and the size of the files leave it open that a model is read layer by layer; raises `Refused`."
     asked = cfg.layer_by_layer
     if asked is False or asked is None and cfg.prefix_cache == 'off':
-        return None
+        return False
     if asked is None and small_enough(cfg.model, place):
-        return None
+        return False
     if (cfg.layers or '').startswith('spectrum:'):
         if asked:
             raise Refused('layer_by_layer: spectrum looks at all weights before it chooses; give the layers by number')
-        return None
-    model = empty_model(cfg)
-    choice = resolve_choice(cfg, model)
+        return False
+    return True
+
+# %% ../nbs/a10_layers.ipynb #9faff802
+def goes_by_layer(
+    cfg:RunConfig,  # the options, see `may_go_by_layer`
+    model,  # see `empty_model`
+    choice:Choice,  # what trains
+    place:Place,  # device and precision
+)->bool:
+    "Whether a model is read layer by layer; raises `Refused` if that was asked for in vain, or if it is quantised."
     why = why_not_by_layer(cfg, model, choice)
     if place.processes > 1:
         why = 'several processes do not share the reading of layers yet'
-    if why is None and not asked and not too_large(cfg, model, choice, place):
-        return None
+    if why is None and not cfg.layer_by_layer and not too_large(cfg, model, choice, place):
+        return False
     if why:
-        if asked:
+        if cfg.layer_by_layer:
             raise Refused(f'layer_by_layer: {why}; leave it out')
-        return None
+        return False
     if method := quantised(model):
         raise Refused(f'{cfg.model}: its weights are quantised ({method}), which are not read layer by layer; '
                       'give the unquantised model, or use --no-layer-by-layer')
+    return True
+
+# %% ../nbs/a10_layers.ipynb #d6784c68
+def upper_part(
+    cfg:RunConfig,  # model
+    model,  # see `empty_model`; changed in place
+    choice:Choice,  # what trains
+    place:Place,  # device and precision
+)->Large:
+    "A model with its upper part read, and what the lower part needs later; raises `Refused`."
     folder = fetched(cfg.model)
     places = where_weights_are(model, shards(folder))
     check_names(model, places, cfg.model)
@@ -296,6 +320,20 @@ def large_model(
     large.tried = share(model)
     cut_layers(large.tried, choice.first, choice.n_layers)
     return large
+
+# %% ../nbs/a10_layers.ipynb #a9-034
+def large_model(
+    cfg:RunConfig,  # the options
+    place:Place,  # device and precision
+)->Large|None:  # None: the model is loaded as a whole
+    "The upper part of a model that is to be read layer by layer; raises `Refused` if that was asked for in vain."
+    if not may_go_by_layer(cfg, place):
+        return None
+    model = empty_model(cfg)
+    choice = resolve_choice(cfg, model)
+    if not goes_by_layer(cfg, model, choice, place):
+        return None
+    return upper_part(cfg, model, choice, place)
 
 # %% ../nbs/a10_layers.ipynb #a9-037
 def order(
@@ -332,101 +370,50 @@ class InMemory:
         "The states behind the last layer."
         return self.states
 
-# %% ../nbs/a10_layers.ipynb #a9-041
-class OnDisk:
-    "States that change in a file, in place: each stage writes one row's room beside where it reads."
+# %% ../nbs/a10_layers.ipynb #a34f264a
+class Rooms:
+    "Where rows are in a file in which each stage writes one row's room beside where it reads."
     # Rows move to and fro by the length of the longest, so that a row is never written over itself: what a kill
     # leaves half written is computed again from what is still there.
     def __init__(self,
-        path:Path,  # the file that appears when the last layer is done
         lengths:list,  # tokens of each row
-        hidden:int,  # width of a state
-        dtype:torch.dtype,  # of a state
+        size:int,  # bytes of a token
         stages:int,  # the embedding and the layers
     ):
-        self.path, self.lengths, self.hidden, self.dtype, self.stages = path, lengths, hidden, dtype, stages
-        self.ends = States(lengths, torch.empty(0, hidden)).ends
-        self.size = hidden*dtype.itemsize  # bytes of a token
-        self.gap, self.part, self.log = max(lengths), path.with_suffix('.layers'), path.with_suffix('.layers.jsonl')
-        self.sums, self.done = {}, (0, 0)
-        if not self.go_on():
-            self.begin()
-        self.file = open(self.part, 'r+b', buffering=0)
-        self.lines = open(self.log, 'a', encoding='utf-8', buffering=1)
-
-    def begin(self):
-        "Take the room on the disk, before hours of work."
-        n_bytes = (self.ends[-1] + self.gap)*self.size
-        self.sums, self.done = {}, (0, 0)
-        self.log.unlink(missing_ok=True)
-        self.part.unlink(missing_ok=True)  # its room is this pass's
-        make_room(self.path.parent, n_bytes)
-        with open(self.part, 'wb') as f:
-            reserve(f, n_bytes)
+        self.lengths, self.size, self.stages = lengths, size, stages
+        self.ends, self.gap = [0, *accumulate(lengths)], max(lengths)
+        self.n_bytes = self.ends[-1]*size  # of all rows, without the room beside them
 
     def start(self, stage, row):
         "Where a row is in the file, in bytes, once a stage has written it."
         moved = self.gap if (self.stages - 1 - stage) % 2 else 0
         return (self.ends[row] + moved)*self.size
 
-    def load(self, stage, row):
-        "The bytes of a row as a stage left them."
-        data = bytearray(self.lengths[row]*self.size)
-        self.file.seek(self.start(stage, row))
-        n = self.file.readinto(data)
-        if n != len(data):
-            raise OSError(f'{self.part}: {n:,} bytes of row {row} are there, not {len(data):,}')
-        return data
+# %% ../nbs/a10_layers.ipynb #1e0c3f81
+def load_row(
+    f,  # file of rows, open for reading
+    rooms:Rooms,  # where they are
+    stage:int,  # 0: the embedding; after that, the layers
+    row:int,  # its number
+)->bytearray:
+    "The bytes of a row as a stage left them."
+    data = bytearray(rooms.lengths[row]*rooms.size)
+    f.seek(rooms.start(stage, row))
+    n = f.readinto(data)
+    if n != len(data):
+        raise OSError(f'{f.name}: {n:,} bytes of row {row} are there, not {len(data):,}')
+    return data
 
-    def read(self, stage, row):
-        "A row as a stage receives it."
-        return torch.frombuffer(self.load(stage - 1, row), dtype=self.dtype).view(-1, self.hidden)
-
-    def write(self, stage, row, out):
-        "A row as a stage leaves it, and a line that it is there."
-        data = out.contiguous().flatten().view(torch.uint8).numpy().data
-        self.file.seek(self.start(stage, row))
-        written = 0
-        while written < len(data):
-            written += self.file.write(data[written:])
-        self.lines.write(json.dumps([stage, row, checksum(data)]) + '\n')
-
-    def go_on(self):
-        "Find where a killed pass stood, and see that every row is there as it was left; False: it has to begin again."
-        if not self.part.exists() or not self.log.exists():
-            return False
-        stage, n = 0, 0
-        for line in self.log.read_text(encoding='utf-8').splitlines(keepends=True):
-            if not line.endswith('\n'):
-                continue  # a kill cut it; its row is computed again
-            at, row, digest = json.loads(line)
-            stage, n = (at, 1) if at != stage else (stage, n + 1)
-            self.sums[row] = at, digest
-        os.truncate(self.log, self.log.read_bytes().rfind(b'\n') + 1)
-        self.file = open(self.part, 'rb', buffering=0)
-        try:
-            for row, (at, digest) in self.sums.items():
-                if checksum(self.load(at, row)) != digest:
-                    return False
-        except OSError:
-            return False
-        finally:
-            self.file.close()
-        self.done = stage, n
-        return n > 0
-
-    def finish(self):
-        "Give the file its name, without the room beside the rows, and map it."
-        n_bytes = self.ends[-1]*self.size
-        self.lines.close()
-        os.ftruncate(self.file.fileno(), n_bytes)
-        os.fsync(self.file.fileno())
-        self.file.close()
-        about = dict(bytes=n_bytes, xxh3=file_sum(self.part))
-        write_whole(self.path.with_suffix('.json'), json.dumps(about))
-        os.replace(self.part, self.path)
-        self.log.unlink()
-        return map_states(self.path, self.lengths, self.dtype, self.hidden)
+def write_at(
+    f,  # file, open for writing, without a buffer
+    begin:int,  # where in it
+    data,  # bytes
+)->None:
+    "Write all of some bytes at their place."
+    f.seek(begin)
+    written = 0
+    while written < len(data):
+        written += f.write(data[written:])
 
 # %% ../nbs/a10_layers.ipynb #a9-042
 def checksum(
@@ -435,6 +422,117 @@ def checksum(
     "A checksum as fast as memory, see `file_sum`."
     import xxhash
     return xxhash.xxh3_128_hexdigest(data)
+
+# %% ../nbs/a10_layers.ipynb #faec1755
+def read_log(
+    log:Path,  # of a pass that was killed; its last line is taken off if it is not whole
+)->tuple:  # ({row: (stage, checksum)}; (the last stage, how many of its rows are done))
+    "What a log says of the rows, and where the pass stood."
+    sums, stage, n = {}, 0, 0
+    for line in log.read_text(encoding='utf-8').splitlines(keepends=True):
+        if not line.endswith('\n'):
+            continue  # a kill cut it; its row is computed again
+        at, row, digest = json.loads(line)
+        stage, n = (at, 1) if at != stage else (stage, n + 1)
+        sums[row] = at, digest
+    os.truncate(log, log.read_bytes().rfind(b'\n') + 1)
+    return sums, (stage, n)
+
+# %% ../nbs/a10_layers.ipynb #a7b7d330
+def as_logged(
+    part:Path,  # file of rows
+    rooms:Rooms,  # where they are
+    sums:dict,  # row: (stage, checksum), see `read_log`
+)->bool:
+    "Whether every row is there as it was left."
+    with open(part, 'rb', buffering=0) as f:
+        try:
+            for row, (stage, digest) in sums.items():
+                if checksum(load_row(f, rooms, stage, row)) != digest:
+                    return False
+        except OSError:
+            return False
+    return True
+
+# %% ../nbs/a10_layers.ipynb #04f1cbfb
+def take_room(
+    part:Path,  # the file of the pass
+    n_bytes:int,  # that it needs
+)->None:
+    "Take the room of a pass on the disk; kept states that were used longest ago make way."
+    part.unlink(missing_ok=True)  # its room is this pass's
+    make_room(part.parent, n_bytes)
+    with open(part, 'wb') as f:
+        reserve(f, n_bytes)
+
+# %% ../nbs/a10_layers.ipynb #8692c35d
+class PassFile:
+    "The file of a pass that is not done, and its log: as a killed pass left them, or begun."
+    def __init__(self,
+        path:Path,  # the file that appears when the last layer is done
+        rooms:Rooms,  # where rows are in it
+    ):
+        self.path, self.rooms, self.done = path, rooms, (0, 0)  # done: stage, and rows of it
+        self.part, self.log = path.with_suffix('.layers'), path.with_suffix('.layers.jsonl')
+        if not self.go_on():
+            self.log.unlink(missing_ok=True)
+            take_room(self.part, rooms.n_bytes + rooms.gap*rooms.size)
+        self.file = open(self.part, 'r+b', buffering=0)
+        self.lines = open(self.log, 'a', encoding='utf-8', buffering=1)
+
+    def go_on(self):
+        "Find where a killed pass stood, and see that every row is there as it was left; False: it has to begin again."
+        if not self.part.exists() or not self.log.exists():
+            return False
+        sums, done = read_log(self.log)
+        if not as_logged(self.part, self.rooms, sums):
+            return False
+        self.done = done
+        return done[1] > 0
+
+# %% ../nbs/a10_layers.ipynb #f9b69842
+def give_name(
+    f,  # file of states, open for writing; is closed
+    path:Path,  # its name from now on
+    n_bytes:int,  # of the states; what is behind them goes
+)->None:
+    "Cut a file behind its states, note their size and checksum, and give it its name."
+    os.ftruncate(f.fileno(), n_bytes)
+    os.fsync(f.fileno())
+    f.close()
+    about = dict(bytes=n_bytes, xxh3=file_sum(Path(f.name)))
+    write_whole(path.with_suffix('.json'), json.dumps(about))
+    os.replace(f.name, path)
+
+# %% ../nbs/a10_layers.ipynb #a9-041
+class OnDisk(PassFile):
+    "States that change in a file, in place: each stage writes one row's room beside where it reads."
+    def __init__(self,
+        path:Path,  # the file that appears when the last layer is done
+        lengths:list,  # tokens of each row
+        hidden:int,  # width of a state
+        dtype:torch.dtype,  # of a state
+        stages:int,  # the embedding and the layers
+    ):
+        self.hidden, self.dtype, self.stages = hidden, dtype, stages
+        super().__init__(path, Rooms(lengths, hidden*dtype.itemsize, stages))
+
+    def read(self, stage, row):
+        "A row as a stage receives it."
+        return torch.frombuffer(load_row(self.file, self.rooms, stage - 1, row), dtype=self.dtype).view(-1, self.hidden)
+
+    def write(self, stage, row, out):
+        "A row as a stage leaves it, and a line that it is there."
+        data = out.contiguous().flatten().view(torch.uint8).numpy().data
+        write_at(self.file, self.rooms.start(stage, row), data)
+        self.lines.write(json.dumps([stage, row, checksum(data)]) + '\n')
+
+    def finish(self):
+        "Give the file its name, without the room beside the rows, and map it."
+        self.lines.close()
+        give_name(self.file, self.path, self.rooms.n_bytes)
+        self.log.unlink()
+        return map_states(self.path, self.rooms.lengths, self.dtype, self.hidden)
 
 # %% ../nbs/a10_layers.ipynb #a9-044
 class Reached(Exception):
@@ -501,6 +599,44 @@ def state_kind(
         raise Refused(f'layer_by_layer: states of {kinds[0]} become {kinds[1]} in the first layer; leave it out')
     return kinds[1]
 
+# %% ../nbs/a10_layers.ipynb #a9-052
+def forget_embedding(
+    model,  # changed in place
+)->None:
+    "Drop the embedding's weight, unless it is the head's too."
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embed.weight is not head.weight:
+        embed.weight = nn.Parameter(embed.weight.to('meta'), requires_grad=False)
+
+# %% ../nbs/a10_layers.ipynb #6776476f
+def send_row(
+    batch:dict,  # of this row alone, where the stage computes
+    body:nn.Module,  # see `one_stage`
+    store,  # InMemory or OnDisk
+    stage:int,  # 0: the embedding; after that, the layers
+    number:int,  # of the row
+)->None:
+    "Send a row through a stage: what goes in is read from the store, and what comes out is written to it."
+    states, length = batch['input_ids'], batch['n_tokens']
+    if stage:
+        width = states.shape[1]
+        states = store.read(stage, number).to(states.device)
+        states = nn.functional.pad(states, (0, 0, 0, width - length))[None]
+    out = body(states, batch['position_ids'], batch['document_lengths'])
+    store.write(stage, number, out[0, :length].cpu())
+
+# %% ../nbs/a10_layers.ipynb #1f652af3
+def pass_bar(
+    store,  # InMemory or OnDisk
+    n:int,  # rows
+)->tqdm:
+    "The bar of a pass, which begins where the pass stands."
+    stage, done = store.done
+    begun = stage*n + done
+    if begun:
+        print(f'frozen layers: going on in {"the embedding" if stage == 0 else f"layer {stage - 1}"}', file=sys.stderr)
+    return tqdm(total=store.stages*n, initial=begun, desc='frozen layers, one by one', unit='row', file=sys.stderr)
+
 # %% ../nbs/a10_layers.ipynb #a9-051
 def send_through(
     large:Large,  # the model
@@ -512,23 +648,13 @@ def send_through(
     "All rows through the embedding, then through one frozen layer after another."
     collate, rows = StepCollator(0, 'all'), [(split, i) for split in splits for i in range(len(split))]
     stage, n = store.done
-    total, begun = store.stages*len(rows), stage*len(rows) + n
-    if begun:
-        print(f'frozen layers: going on in {"the embedding" if stage == 0 else f"layer {stage - 1}"}', file=sys.stderr)
-    with tqdm(total=total, initial=begun, desc='frozen layers, one by one', unit='row', file=sys.stderr) as bar:
+    with pass_bar(store, len(rows)) as bar:
         for stage in range(stage, store.stages):
-            body, width = one_stage(large, stage, attention, place), None
+            body = one_stage(large, stage, attention, place)
             bar.set_postfix(layer='embedding' if stage == 0 else f'{stage} of {store.stages - 1}')
             for number in order(len(rows), stage, store.stages)[n:]:
                 split, i = rows[number]
-                batch = on_device(collate([split[i]]), place.device)
-                states, length = batch['input_ids'], batch['n_tokens']
-                if stage:
-                    width = states.shape[1]
-                    states = store.read(stage, number).to(place.device)
-                    states = nn.functional.pad(states, (0, 0, 0, width - length))[None]
-                out = body(states, batch['position_ids'], batch['document_lengths'])
-                store.write(stage, number, out[0, :length].cpu())
+                send_row(on_device(collate([split[i]]), place.device), body, store, stage, number)
                 bar.update()
             n = 0
             del body
@@ -537,14 +663,33 @@ def send_through(
             give_back_memory()
     return store.finish()
 
-# %% ../nbs/a10_layers.ipynb #a9-052
-def forget_embedding(
-    model,  # changed in place
-)->None:
-    "Drop the embedding's weight, unless it is the head's too."
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embed.weight is not head.weight:
-        embed.weight = nn.Parameter(embed.weight.to('meta'), requires_grad=False)
+# %% ../nbs/a10_layers.ipynb #3cc66efc
+def earlier_states(
+    path:Path,  # the file
+    lengths:list,  # tokens of each row
+    dtype:torch.dtype,  # of the states
+    hidden:int,  # width of a state
+)->States|None:  # None: they have to be computed
+    "The states of an earlier run, mapped; a file that is not as it was written is removed."
+    if not intact(path, sum(lengths)*hidden*dtype.itemsize):
+        path.unlink(missing_ok=True)
+        return None
+    print(f'frozen layers: {path.name} is there from an earlier run', file=sys.stderr)
+    os.utime(path)
+    return map_states(path, lengths, dtype, hidden)
+
+# %% ../nbs/a10_layers.ipynb #90c91cf3
+@contextmanager
+def room_or_refused(
+    path:Path,  # the file that is written in the block
+    n_bytes:int,  # that it takes
+):
+    "In the block, an error of the disk becomes a `Refused`."
+    try:
+        yield
+    except OSError as e:
+        raise Refused(f'prefix_cache: {n_bytes:,} bytes for {path} cannot be written ({e.strerror or e}); free '
+                      'some space, or set ALPACA_FT_CACHE to another disk') from None
 
 # %% ../nbs/a10_layers.ipynb #a9-054
 def states_by_layer(
@@ -565,17 +710,12 @@ def states_by_layer(
     path, n_bytes = cache_dir()/'prefix'/f'{name}.bin', sum(lengths)*hidden*dtype.itemsize
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{path}.lock'):
-        if intact(path, n_bytes):
-            print(f'frozen layers: {path.name} is there from an earlier run', file=sys.stderr)
-            os.utime(path)
-            forget_embedding(large.model)
-            return map_states(path, lengths, dtype, hidden)
-        path.unlink(missing_ok=True)
-        try:
-            return send_through(large, splits, attention, place, OnDisk(path, lengths, hidden, dtype, stages))
-        except OSError as e:
-            raise Refused(f'prefix_cache: {n_bytes:,} bytes for {path} cannot be written ({e.strerror or e}); free '
-                          'some space, or set ALPACA_FT_CACHE to another disk') from None
+        states = earlier_states(path, lengths, dtype, hidden)
+        if states is None:
+            with room_or_refused(path, n_bytes):
+                return send_through(large, splits, attention, place, OnDisk(path, lengths, hidden, dtype, stages))
+        forget_embedding(large.model)
+        return states
 
 # %% ../nbs/a10_layers.ipynb #a9-060
 NAMES = {dtype: name for name, dtype in TYPES.items()}  # of types, in a file of weights
@@ -716,6 +856,29 @@ def try_saving_about(
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
+# %% ../nbs/a10_layers.ipynb #338a126d
+def by_file(
+    large:Large,  # the model
+    files:list,  # see `shards`
+    trained:dict,  # name in the model: tensor
+)->dict:  # file: {key in it: tensor}, in the order of the files
+    "Which trained tensors go into which file; one that was in none goes into the last."
+    found = {file: {} for file in files}
+    for name, t in trained.items():
+        file, key = large.places.get(name, (files[-1], name))  # a head that was tied is new
+        found[file][key] = t
+    return found
+
+# %% ../nbs/a10_layers.ipynb #eef2cde7
+def write_index(
+    folder:Path,  # of a model
+    weight_map:dict,  # key: name of its file
+    size:int,  # bytes of all files
+)->None:
+    "The index of a model's files, see `shards`."
+    index = dict(metadata=dict(total_size=size), weight_map=weight_map)
+    (folder/'model.safetensors.index.json').write_text(json.dumps(index, indent=1), encoding='utf-8')
+
 # %% ../nbs/a10_layers.ipynb #a9-072
 def save_by_shard(
     large:Large,  # the model
@@ -724,25 +887,18 @@ def save_by_shard(
     folder:Path,  # appears complete or not at all
 )->None:
     "Write the model's folder file by file, from the original ones and what was trained, and read it back."
-    folder, files = Path(folder), shards(large.folder)
+    folder, files, weight_map = Path(folder), shards(large.folder), {}
     part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     write_about(large, tokenizer, part, next(iter(trained.values())).dtype)
-    todo, weight_map = {file: {} for file in files}, {}
-    for name, t in trained.items():
-        file, key = large.places.get(name, (files[-1], name))  # a head that was tied is new
-        todo[file][key] = t
-    for file in files:
+    for file, tensors in by_file(large, files, trained).items():
         target = part/(file.name if len(files) > 1 else 'model.safetensors')
-        write_shard(file, target, todo[file])
-        check_shard(file, target, todo[file])
-        for key in header(target)[0]:
-            weight_map[key] = file.name
+        write_shard(file, target, tensors)
+        check_shard(file, target, tensors)
+        weight_map |= dict.fromkeys(header(target)[0], file.name)
     if len(files) > 1:
-        size = sum(p.stat().st_size for p in part.glob('*.safetensors'))
-        index = dict(metadata=dict(total_size=size), weight_map=weight_map)
-        (part/'model.safetensors.index.json').write_text(json.dumps(index, indent=1), encoding='utf-8')
+        write_index(part, weight_map, sum(p.stat().st_size for p in part.glob('*.safetensors')))
     for f in (*part.iterdir(), part):
         sync(f)
     os.rename(part, folder)
@@ -757,6 +913,20 @@ def unpermute_rows(
     pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
+# %% ../nbs/a10_layers.ipynb #6d1ba3c7
+def gguf_table(
+    config,  # of the model
+    there:dict,  # name: tensor, of the file
+    name:str,  # of the file, for a refusal
+):  # gguf.TensorNameMap
+    "The names that llama.cpp gives to the weights of such a model; raises `Refused` if its kind is not read."
+    import gguf
+    from alpaca_ft.gguf_file import KINDS
+    if config.model_type not in KINDS or 'rope_freqs.weight' in there:
+        raise Refused(f'{name}: {config.model_type} with these positions is not read from GGUF; give a folder with '
+                      'config.json and safetensors')
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[KINDS[config.model_type].upper()], config.num_hidden_layers)
+
 # %% ../nbs/a10_layers.ipynb #a9-gg4
 def gguf_names(
     model,  # see `empty_model`
@@ -764,13 +934,8 @@ def gguf_names(
     name:str,  # of the file, for a refusal
 )->dict:  # name of a weight in the model: tensor of the file
     "Which tensor of a GGUF file is which weight; raises `Refused` if one has no place."
-    import gguf
-    from alpaca_ft.gguf_file import KINDS
     config, there = model.config, {t.name: t for t in file.tensors}
-    if config.model_type not in KINDS or 'rope_freqs.weight' in there:
-        raise Refused(f'{name}: {config.model_type} with these positions is not read from GGUF; give a folder with '
-                      'config.json and safetensors')
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[KINDS[config.model_type].upper()], config.num_hidden_layers)
+    table = gguf_table(config, there, name)
     found = {}
     for weight, p in model.state_dict().items():
         key = table.get_name(weight, ['.weight', '.bias'])
@@ -803,31 +968,32 @@ def gguf_weight(
             values = unpermute_rows(values, n)
     return values.contiguous()
 
-# %% ../nbs/a10_layers.ipynb #a9-gg7
-def unpack_gguf(
+# %% ../nbs/a10_layers.ipynb #ccc0f9eb
+def open_gguf(
     file:Path,  # GGUF
-    folder:Path,  # is made
-)->None:
-    "Write a GGUF file's model as a folder of fp32 weights, a layer at a time; raises `Refused`."
-    # What the libraries lack: transformers holds all of a file's numbers at once to do this.
+)->tuple:  # (config, tokenizer, model without contents, gguf.GGUFReader)
+    "All that a GGUF file says but its numbers; raises `Refused`."
     from accelerate import init_empty_weights
     from gguf import GGUFReader
-    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     where = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
     try:
         config, tokenizer = AutoConfig.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        reader = GGUFReader(file)
+        return config, tokenizer, model, GGUFReader(file)
     except Exception as e:  # a broken file fails anywhere
         raise Refused(f'{file}: cannot be read ({" ".join(str(e).split())[:160]}); give a folder with config.json and '
                       'safetensors') from None
-    groups = {}
-    for weight, tensor in gguf_names(model, reader, str(file)).items():
-        layer = weight.split('.')[2] if '.layers.' in weight else 'rest'
-        groups.setdefault(layer, {})[weight] = tensor
-    folder.mkdir(parents=True)
+
+# %% ../nbs/a10_layers.ipynb #c50aa012
+def save_groups(
+    groups:dict,  # group: {name in the model: tensor of gguf.GGUFReader}
+    config,  # of the model
+    folder:Path,  # to write into
+)->None:
+    "Write weights of a GGUF file as fp32, a group a file; one group is in memory at a time."
+    from safetensors.torch import save_file
     weight_map, size = {}, 0
     for number, group in enumerate(groups.values(), 1):
         target = f'model-{number:05}-of-{len(groups):05}.safetensors'
@@ -835,26 +1001,33 @@ def unpack_gguf(
         save_file(weights, folder/target, metadata=dict(format='pt'))
         weight_map |= dict.fromkeys(weights, target)
         size += sum(4*t.numel() for t in weights.values())
-    index = dict(metadata=dict(total_size=size), weight_map=weight_map)
-    (folder/'model.safetensors.index.json').write_text(json.dumps(index, indent=1), encoding='utf-8')
+    write_index(folder, weight_map, size)
+
+# %% ../nbs/a10_layers.ipynb #a9-gg7
+def unpack_gguf(
+    file:Path,  # GGUF
+    folder:Path,  # is made
+)->None:
+    "Write a GGUF file's model as a folder of fp32 weights, a layer at a time; raises `Refused`."
+    # What the libraries lack: transformers holds all of a file's numbers at once to do this.
+    config, tokenizer, model, reader = open_gguf(file)
+    groups = {}
+    for weight, tensor in gguf_names(model, reader, str(file)).items():
+        layer = weight.split('.')[2] if '.layers.' in weight else 'rest'
+        groups.setdefault(layer, {})[weight] = tensor
+    folder.mkdir(parents=True)
+    save_groups(groups, config, folder)
     config.architectures, config.dtype = [type(model).__name__], 'float32'
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../nbs/a10_layers.ipynb #a9-gg9
-def as_folder(
-    cfg:RunConfig,  # model: anything, or a GGUF file
-)->RunConfig:  # with a folder in the file's place
-    "Unpack a GGUF file into the cache, if it is not there yet; raises `Refused`."
+# %% ../nbs/a10_layers.ipynb #e23affba
+def unpack_once(
+    file:Path,  # GGUF
+    folder:Path,  # in the cache
+)->None:
+    "Unpack a GGUF file, unless the folder is there already; raises `Refused`."
     from filelock import FileLock
-    file = Path(cfg.model)
-    if file.suffix != '.gguf':
-        return cfg
-    if not file.is_file():
-        raise Refused(f'{file}: no such file; give a GGUF file, or a folder with config.json and safetensors')
-    stat = file.stat()
-    key = checksum(f'{file.resolve()} {stat.st_size} {stat.st_mtime_ns}'.encode())[:16]
-    folder = cache_dir()/'gguf'/f'{file.stem}-{key}'
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
         if not folder.exists():
@@ -867,4 +1040,19 @@ def as_folder(
                 raise Refused(f'{file}: cannot be unpacked into {folder} ({e.strerror or e}); free some space, or set '
                               'ALPACA_FT_CACHE to another disk') from None
             os.rename(part, folder)
+
+# %% ../nbs/a10_layers.ipynb #a9-gg9
+def as_folder(
+    cfg:RunConfig,  # model: anything, or a GGUF file
+)->RunConfig:  # with a folder in the file's place
+    "Unpack a GGUF file into the cache, if it is not there yet; raises `Refused`."
+    file = Path(cfg.model)
+    if file.suffix != '.gguf':
+        return cfg
+    if not file.is_file():
+        raise Refused(f'{file}: no such file; give a GGUF file, or a folder with config.json and safetensors')
+    stat = file.stat()
+    key = checksum(f'{file.resolve()} {stat.st_size} {stat.st_mtime_ns}'.encode())[:16]
+    folder = cache_dir()/'gguf'/f'{file.stem}-{key}'
+    unpack_once(file, folder)
     return replace(cfg, model=str(folder))
