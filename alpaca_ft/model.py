@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', 'param_count', 'untie', 'decoder_layers',
-           'compute_dtype', 'Choice', 'add_lora', 'chosen_parameters', 'wide_weights', 'apply_choice', 'quantised',
-           'check_numbers', 'frozen_layers', 'freeze', 'in_bf16', 'autocast', 'first_in_graph', 'checkpoint_trained',
-           'chosen_layers', 'signal_to_noise', 'layer_matrices', 'spectrum', 'gives_a_tensor', 'linear_modules',
-           'goes_to_experts', 'lora_modules', 'check_rotate', 'check_trains', 'resolve_choice', 'layer_weights',
-           'drawn', 'at_work', 'Place', 'settle', 'share', 'cut_layers', 'Attention', 'Apart', 'Trunk', 'Tail',
-           'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved',
+           'compute_dtype', 'TrainedParts', 'layers_in_words', 'Choice', 'add_lora', 'chosen_parameters',
+           'wide_weights', 'apply_choice', 'quantised', 'check_numbers', 'frozen_layers', 'freeze', 'in_bf16',
+           'autocast', 'first_in_graph', 'checkpoint_trained', 'chosen_layers', 'signal_to_noise', 'layer_matrices',
+           'spectrum', 'gives_a_tensor', 'linear_modules', 'goes_to_experts', 'lora_modules', 'check_rotate',
+           'check_trains', 'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'Place', 'settle', 'share',
+           'cut_layers', 'Attention', 'document_places', 'Apart', 'part_of', 'forward_inputs', 'Trunk', 'UpperPart',
+           'Tail', 'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved',
            'write_model', 'as_readable', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate',
            'model_shape', 'model_folder']
 
@@ -158,18 +159,13 @@ def compute_dtype(
 
 # %% ../nbs/04_model.ipynb #04-ch1
 @dataclass
-class Choice:
-    "What trains of a model: the options of a run, resolved for the model's own layers."
+class TrainedParts:
+    "The parts of a model that train."
     layers:list  # numbers of the layers that train, counted from 0
     n_layers:int  # that the model has
     head:bool = True  # the output head trains
     embed:bool = False  # the input embedding trains
     matrices:list = None  # names of modules: of the layers, only their weights train; None: all of the layers
-    method:str = 'freeze'  # how they train: freeze, lora or full
-    rank:int = None  # of LoRA's matrices
-    alpha:int = None  # what their product is multiplied by, over the rank
-    seed:int = None  # that LoRA's matrices are drawn from
-    trained:str = 'fp32'  # precision of what trains: fp32 or bf16
 
     @property
     def first(self):
@@ -178,21 +174,36 @@ class Choice:
             return 0
         return self.layers[0] if self.layers else self.n_layers
 
+# %% ../nbs/04_model.ipynb #400c660f
+def layers_in_words(
+    layers:list,  # their numbers, in ascending order
+)->str:
+    "What layers are called: `layer 3`, `layers 2-4`, or `layers 1, 3`."
+    low, high = layers[0], layers[-1]
+    if low == high:
+        return f'layer {low}'
+    if layers == list(range(low, high + 1)):
+        return f'layers {low}-{high}'
+    return f'layers {", ".join(map(str, layers))}'
+
+# %% ../nbs/04_model.ipynb #956d67be
+@dataclass
+class Choice(TrainedParts):
+    "What trains of a model: the options of a run, resolved for the model's own layers."
+    method:str = 'freeze'  # how they train: freeze, lora or full
+    rank:int = None  # of LoRA's matrices
+    alpha:int = None  # what their product is multiplied by, over the rank
+    seed:int = None  # that LoRA's matrices are drawn from
+    trained:str = 'fp32'  # precision of what trains: fp32 or bf16
+
     def __str__(self):
         if self.method == 'full':
             return f'all {self.n_layers} layers, the head, the embedding'
         words = []
         if self.layers:
-            low, high = self.layers[0], self.layers[-1]
-            if low == high:
-                numbers = f'layer {low}'
-            elif self.layers == list(range(low, high + 1)):
-                numbers = f'layers {low}-{high}'
-            else:
-                numbers = f'layers {", ".join(map(str, self.layers))}'
             lora = f'LoRA of rank {self.rank} on ' if self.method == 'lora' else ''
             matrices = '' if self.matrices is None else f' ({len(self.matrices)} matrices)'
-            words.append(f'{lora}{numbers} of 0-{self.n_layers - 1}{matrices}')
+            words.append(f'{lora}{layers_in_words(self.layers)} of 0-{self.n_layers - 1}{matrices}')
         if self.head:
             words.append('the head')
         if self.embed:
@@ -308,6 +319,7 @@ def frozen_layers(
         raise Refused(f'n_freeze is {n_freeze}, but {name} has {n} layers; give 0 to {n}')
     return int(number)
 
+# %% ../nbs/04_model.ipynb #f9ced831
 def freeze(
     model,  # causal language model, changed in place
     n_freeze:float=0.8,  # layers frozen, counted from the input: a number, a part of them, or `auto`
@@ -690,6 +702,20 @@ class Attention:
     apart:bool = False  # each document gets a row of its own for the forward pass, see `Apart`
 
 # %% ../nbs/04_model.ipynb #04-ap1
+def document_places(
+    document_lengths:list,  # the lengths of each row's documents
+    width:int,  # tokens in a packed row
+)->list:  # a pair for each document: its first token's place, and its length
+    "Where documents stand if the packed rows are laid end to end."
+    places = []
+    for row, lengths in enumerate(document_lengths):
+        start = row*width
+        for n in lengths:
+            places.append((start, n))
+            start += n
+    return places
+
+# %% ../nbs/04_model.ipynb #5ceb0eff
 class Apart:
     "The documents of packed rows as rows of their own, padded at the end, and back."
     def __init__(self,
@@ -697,23 +723,17 @@ class Apart:
         width:int,  # tokens in a packed row
         device,  # torch.device
     ):
-        starts, lengths = [], []
-        for row, in_row in enumerate(document_lengths):
-            start = row*width
-            for n in in_row:
-                starts.append(start)
-                lengths.append(n)
-                start += n
-        longest = max(lengths)
+        places = document_places(document_lengths, width)
+        longest = max(n for _, n in places)
         # where token i of document d stands in the packed rows, laid end to end; padding repeats their first token
-        there = torch.zeros(len(lengths), longest, dtype=torch.long)
+        there = torch.zeros(len(places), longest, dtype=torch.long)
         # the other way: for each place in the packed rows, where its token went
         back = torch.zeros(len(document_lengths)*width, dtype=torch.long)
-        for number, (start, n) in enumerate(zip(starts, lengths)):  # slices, so that it works without contents (A5)
+        for number, (start, n) in enumerate(places):  # slices, so that it works without contents (A5)
             there[number, :n] = torch.arange(start, start + n)
             back[start:start + n] = torch.arange(number*longest, number*longest + n)
         self.there, self.back = there.to(device), back.view(-1, width).to(device)
-        self.positions = torch.arange(longest).expand(len(lengths), -1).to(device)
+        self.positions = torch.arange(longest).expand(len(places), -1).to(device)
 
     def split(self, x):
         "(rows, width, ...) to (documents, longest document, ...)."
@@ -723,6 +743,46 @@ class Apart:
         "(documents, longest document, ...) to (rows, width, ...), or to some columns of the rows."
         back = self.back if columns is None else self.back[:, columns]
         return x.flatten(0, 1)[back]
+
+# %% ../nbs/04_model.ipynb #7be43349
+def part_of(
+    model,  # causal language model, after `freeze`
+    first:int=None,  # the first layer that stays; it takes states. None: the part begins with the embedding
+    last:int=None,  # the first one behind it that goes; None: the part ends with the last layer
+    attention:Attention=None,  # how documents are kept apart; None: by the model's own mask
+):  # causal language model
+    "A second model that shares its weights with the first and has only some of its layers."
+    twin = share(model)
+    if first is not None or last is not None:
+        cut_layers(twin, first or 0, len(decoder_layers(twin)) if last is None else last)
+    if first is not None:
+        _take_states(twin)
+    if attention and attention.name:
+        twin.set_attn_implementation(attention.name)
+    return twin
+
+# %% ../nbs/04_model.ipynb #3dbaea15
+def forward_inputs(
+    rows,  # (rows, tokens) ids; or (rows, tokens, hidden) states
+    position_ids,  # (rows, tokens)
+    document_lengths:list,  # the lengths of each row's documents
+    attention:Attention=None,  # how documents are kept apart; None: by the model's own mask
+    states:bool=False,  # the rows are states
+)->tuple:  # (keyword arguments, `Apart` if documents have rows of their own or None)
+    "What the forward pass of a part is given for packed rows, and where their documents went."
+    feed, where = dict(use_cache=False), None
+    if attention:
+        width, device = position_ids.shape[1], position_ids.device
+        feed.update(attention.arguments(document_lengths, width, device))
+        if attention.apart:
+            where = Apart(document_lengths, width, device)
+            rows, position_ids = where.split(rows), where.positions
+    feed.update(position_ids=position_ids)
+    if states:
+        feed.update(inputs_embeds=rows, kept_states=rows)
+    else:
+        feed.update(input_ids=rows)
+    return feed, where
 
 # %% ../nbs/04_model.ipynb #58bbbebf
 class Trunk(nn.Module):
@@ -735,37 +795,26 @@ class Trunk(nn.Module):
     ):
         super().__init__()
         self.bf16, self.attention, self.first = in_bf16(model), attention, first
-        twin = share(model).eval()
-        cut_layers(twin, first or 0, n_freeze)
-        if first is not None:
-            _take_states(twin)
-        if attention and attention.name:
-            twin.set_attn_implementation(attention.name)
+        twin = part_of(model, first, n_freeze, attention).eval()
         self.body, self.last = _layer_list(twin)[0], decoder_layers(twin)[-1]
 
     @torch.no_grad()
     def forward(self, input_ids, position_ids, document_lengths):
         "The hidden states behind the last frozen layer: (rows, tokens, hidden). With `first`, states go in."
-        rows, out = input_ids, []
-        extra, where = {}, None
-        if self.attention:
-            extra = self.attention.arguments(document_lengths, rows.shape[1], rows.device)
-            if self.attention.apart:
-                where = Apart(document_lengths, rows.shape[1], rows.device)
-                rows, position_ids = where.split(rows), where.positions
-        feed = dict(input_ids=rows) if self.first is None else dict(inputs_embeds=rows, kept_states=rows)
+        feed, where = forward_inputs(input_ids, position_ids, document_lengths, self.attention, self.first is not None)
+        out = []
         hook = self.last.register_forward_hook(lambda module, args, result: out.append(result))
         try:
-            with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                self.body(**feed, position_ids=position_ids, use_cache=False, **extra)
+            with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                self.body(**feed)
         finally:
             hook.remove()
         states = out[0][0] if isinstance(out[0], tuple) else out[0]
         return states if where is None else where.join(states)
 
 # %% ../nbs/04_model.ipynb #4bc5a181
-class Tail(nn.Module):
-    "The trained layers and the head (or the whole model, if nothing is kept): states go in, logits come out."
+class UpperPart(nn.Module):
+    "A model without its first layers, around the same weights; it knows their names in the whole model."
     def __init__(self,
         model,  # after `freeze`; shares its weights
         n_freeze:int=0,  # layers that are left out; their output comes as `kept_states`
@@ -774,12 +823,7 @@ class Tail(nn.Module):
         super().__init__()
         self.bf16, self.attention, self.n_freeze = in_bf16(model), attention, n_freeze
         names = {p: k for k, p in model.named_parameters()}
-        self.model = share(model)
-        if n_freeze:
-            cut_layers(self.model, n_freeze, len(decoder_layers(self.model)))
-            _take_states(self.model)
-        if attention and attention.name:
-            self.model.set_attn_implementation(attention.name)
+        self.model = part_of(model, n_freeze or None, attention=attention)
         self.whole = {own: names[p] for own, p in self.model.named_parameters()}  # names here: in the whole model
         self.trains = {name for p, name in self.names.items() if p.requires_grad}  # some may rest for a while
         self.config = self.model.config
@@ -798,20 +842,13 @@ class Tail(nn.Module):
         "The parameters that train, by their names in the whole model."
         return {name: p for p, name in self.names.items() if name in self.trains}
 
+# %% ../nbs/04_model.ipynb #2b20c113
+class Tail(UpperPart):
+    "The trained layers and the head (or the whole model, if nothing is kept): states go in, logits come out."
     def inputs(self, position_ids, document_lengths, input_ids=None, kept_states=None):
         "The arguments of the model's own forward pass, and where documents went if they have rows of their own."
-        rows, where, feed = kept_states if self.n_freeze else input_ids, None, dict(use_cache=False)
-        if self.attention:
-            feed.update(self.attention.arguments(document_lengths, position_ids.shape[1], position_ids.device))
-            if self.attention.apart:
-                where = Apart(document_lengths, position_ids.shape[1], position_ids.device)
-                rows, position_ids = where.split(rows), where.positions
-        feed.update(position_ids=position_ids)
-        if self.n_freeze:
-            feed.update(inputs_embeds=rows, kept_states=rows)
-        else:
-            feed.update(input_ids=rows)
-        return feed, where
+        rows = kept_states if self.n_freeze else input_ids
+        return forward_inputs(rows, position_ids, document_lengths, self.attention, bool(self.n_freeze))
 
     def forward(self, position_ids, document_lengths, input_ids=None, kept_states=None, **more):
         "The model's own output, its logits in fp32 or bf16."
