@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['forked', 'as_found', 'generation_config', 'answer_batch', 'generate_all', 'generate', 'fit_prompt', 'fit_chat',
            'prompt_room', 'printable', 'visible', 'text_pieces', 'row_documents', 'in_colour', 'show_row', 'table_rows',
-           'LLMSampleCB', 'asked_of', 'before_after']
+           'answering_model', 'shared_answers', 'try_to_sample', 'sample_rows', 'write_samples', 'earlier_samples',
+           'show_samples', 'log_sample_table', 'Sampler', 'LLMSampleCB', 'asked_of', 'before_after']
 
 # %% ../nbs/06_sampling.ipynb #05-003
 import os
@@ -32,6 +33,7 @@ def forked(
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
 
+# %% ../nbs/06_sampling.ipynb #d758b5e1
 @contextmanager
 def as_found(
     model,  # causal language model
@@ -282,8 +284,114 @@ def table_rows(
     return [row for row in rows if row['step'] in shown]
 
 # %% ../nbs/06_sampling.ipynb #05-037
-class LLMSampleCB(TrainerCallback):
-    "Sample the evaluation prompts before training and at each evaluation; to a file, the terminal and W&B."
+def answering_model(
+    model,  # a model, or a function that gives one for a `with` block; None: the trainer's
+    trainer,  # has a model too
+):  # a context manager
+    "The model that answers, for a `with` block."
+    if callable(model) and not isinstance(model, torch.nn.Module):
+        return model()
+    model = model if model is not None else trainer.model
+    tail = getattr(model, 'tail', None)  # chapter 07 trains a wrapper around the model; this is the model in it
+    return nullcontext(model if tail is None else tail.model)
+
+# %% ../nbs/06_sampling.ipynb #c71f66d3
+def shared_answers(
+    answer,  # function of a list of prompts, see `generate_all`
+    prompts:list,  # all of them
+)->list:  # an answer for each prompt
+    "The answers to all prompts, of which every process generates a share."
+    n = processes()
+    mine = prompts[rank()::n]  # with one process: all of them
+    shares = everyone(each_does(answer, mine))  # the answers of every process
+    return [shares[i % n][i//n] for i in range(len(prompts))]  # process r had prompts r, r + n, r + 2n ...
+
+# %% ../nbs/06_sampling.ipynb #a145433d
+def try_to_sample(
+    sample,  # function of the step that gives samples
+    step:int,  # of the trainer
+)->list:  # the samples; none if they could not be made
+    "Sample, and if that fails, say so and go on."
+    try:
+        return sample(step)
+    except Exception as e:  # files that are gone, a model that cannot generate: no reason to lose the training
+        why = ' '.join(str(e).split())[:200]
+        if isinstance(e, MemoryError) or 'memory' in why:
+            raise  # there is advice for that
+        if is_first():
+            print(f'samples of step {step} are left out ({why})', file=sys.stderr)
+        return []
+
+# %% ../nbs/06_sampling.ipynb #8034f8de
+def sample_rows(
+    step:int,  # of the trainer
+    dataset,  # rows with instruction, input, output (the reference)
+    prompts:list,  # one for each row
+    answers:list,  # one for each row, see `generate_all`
+)->list:  # a dict for each row
+    "Prompts, answers and references of a step, as they go to samples.jsonl."
+    rows = []
+    for prompt, answer, row in zip(prompts, answers, dataset):
+        asked = f"{row['instruction']} | {row['input']}" if row.get('input') else row['instruction']
+        rows.append(dict(step=step, prompt=prompt, asked=asked, generation=answer['text'], reference=row['output'],
+                         tokens=answer['tokens'], stopped=answer['stopped']))
+    return rows
+
+# %% ../nbs/06_sampling.ipynb #e56404ed
+def write_samples(
+    path,  # samples.jsonl to append to; None: no file
+    rows:list,  # new samples
+    config:GenerationConfig,  # that they were generated with
+)->None:
+    "Append samples to a file, each with the settings that are not the default."
+    if not path:
+        return
+    settings = config.to_diff_dict()
+    settings.pop('transformers_version', None)
+    append_jsonl(path, [r | dict(settings=settings) for r in rows])
+
+def earlier_samples(
+    path:Path,  # samples.jsonl
+)->list:  # samples
+    "The samples that a run wrote before it went on."
+    rows = read_jsonl(path)
+    for r in rows:
+        r.pop('settings', None)
+    return rows
+
+# %% ../nbs/06_sampling.ipynb #81af1c99
+def show_samples(
+    rows:list,  # samples
+    dataset,  # the rows that they were made from, in the same order
+)->None:
+    "Print samples on the terminal, and say which answers were cut."
+    for r, row in zip(rows, dataset):
+        cut = '' if r['stopped'] else ' (cut)'
+        asked, said = printable(row['instruction'], 60), printable(r['generation'], 90)
+        print(f"  [{r['step']}] {asked} -> {said}{cut}", file=sys.stderr)
+
+# %% ../nbs/06_sampling.ipynb #73eb93c6
+def log_sample_table(
+    rows:list,  # all samples of the run so far
+    config:GenerationConfig,  # that answers are generated with
+    step:int,  # of the trainer
+)->None:
+    "A fresh table to the active W&B run, if there is one, see `table_rows`; a tracker's failure never ends a run."
+    wandb = sys.modules.get('wandb')
+    if wandb is None or getattr(wandb, 'run', None) is None:
+        return
+    config = config.to_dict()
+    table = wandb.Table(columns=['step', 'prompt', 'generation', 'reference', *config])
+    for r in table_rows(rows):
+        table.add_data(r['step'], r['prompt'], r['generation'], r['reference'], *map(str, config.values()))
+    try:
+        wandb.log({'sample_predictions': table, 'train/global_step': step})
+    except Exception as e:
+        print(f'W&B: the table of step {step} was not logged ({e}); samples.jsonl has it', file=sys.stderr)
+
+# %% ../nbs/06_sampling.ipynb #0f6710d6
+class Sampler(TrainerCallback):
+    "The prompts of a run's samples, the model that answers them, and the samples so far."
     def __init__(self,
         trainer,  # the trainer that the callback is added to; gives model and tokenizer
         test_dataset,  # rows with instruction, input, output (the reference)
@@ -302,85 +410,41 @@ class LLMSampleCB(TrainerCallback):
 
     def use_model(self):
         "The model that answers, for a `with` block."
-        if callable(self.model) and not isinstance(self.model, torch.nn.Module):
-            return self.model()
-        model = self.model if self.model is not None else self.trainer.model
-        tail = getattr(model, 'tail', None)  # chapter 07 trains a wrapper around the model; this is the model in it
-        return nullcontext(model if tail is None else tail.model)
+        return answering_model(self.model, self.trainer)
 
-    def sample(self,
-        step:int,  # of the trainer
-    )->list:  # the new rows
-        "Generate for every prompt; a step that was sampled before is not sampled again."
-        if any(r['step'] == step for r in self.rows):
-            return []
-        n, rows = processes(), []
-        mine = self.prompts[rank()::n]  # with one process: all of them
-        shares = everyone(each_does(self.answer, mine))  # the answers of every process
-        answers = [shares[i % n][i//n] for i in range(len(self.prompts))]  # process r had prompts r, r + n, r + 2n ...
-        for prompt, answer, row in zip(self.prompts, answers, self.sample_dataset):
-            asked = f"{row['instruction']} | {row['input']}" if row.get('input') else row['instruction']
-            rows.append(dict(step=step, prompt=prompt, asked=asked, generation=answer['text'], reference=row['output'],
-                             tokens=answer['tokens'], stopped=answer['stopped']))
-        return rows
-
-    def answer(self,
-        prompts:list,  # those of this process: if there are several, they share the work
-    )->list:  # see `generate_all`
-        "Generate."
+    def answer(self, prompts:list)->list:
+        "Generate for the prompts of this process (if there are several, they share the work), see `generate_all`."
         with self.use_model() as model:
             self.gen_config = generation_config(model, self.tokenizer, self.max_new_tokens)
             return generate_all(prompts, model, self.tokenizer, self.max_new_tokens)
 
-    def log_generations_table(self,
-        state,  # TrainerState
-    ):
-        "Sample, then write, show and log what came out. Every process generates its share; the first one reports."
-        try:
-            new = self.sample(state.global_step)
-        except Exception as e:  # files that are gone, a model that cannot generate: no reason to lose the training
-            why = ' '.join(str(e).split())[:200]
-            if isinstance(e, MemoryError) or 'memory' in why:
-                raise  # there is advice for that
-            if is_first():
-                print(f'samples of step {state.global_step} are left out ({why})', file=sys.stderr)
-            return
-        self.rows += new
-        if not new or not state.is_world_process_zero:
-            return
-        settings = self.gen_config.to_diff_dict()
-        settings.pop('transformers_version', None)
-        if self.path:
-            append_jsonl(self.path, [r | dict(settings=settings) for r in new])
-        for r, row in list(zip(new, self.sample_dataset))[:self.show]:
-            cut = '' if r['stopped'] else ' (cut)'
-            asked, said = printable(row['instruction'], 60), printable(r['generation'], 90)
-            print(f"  [{r['step']}] {asked} -> {said}{cut}", file=sys.stderr)
-        self.log_wandb(state.global_step)
+# %% ../nbs/06_sampling.ipynb #30ec8589
+class LLMSampleCB(Sampler):
+    "Sample the evaluation prompts before training and at each evaluation; to a file, the terminal and W&B."
+    def sample(self, step:int)->list:
+        "Generate for every prompt at a step of the trainer; a step that was sampled before is not sampled again."
+        if any(r['step'] == step for r in self.rows):
+            return []
+        return sample_rows(step, self.sample_dataset, self.prompts, shared_answers(self.answer, self.prompts))
 
-    def log_wandb(self,
-        step:int,  # of the trainer
-    ):
-        "A fresh table to the active W&B run, if there is one, see `table_rows`; a tracker's failure never ends a run."
-        wandb = sys.modules.get('wandb')
-        if wandb is None or getattr(wandb, 'run', None) is None:
-            return
-        config = self.gen_config.to_dict()
-        table = wandb.Table(columns=['step', 'prompt', 'generation', 'reference', *config])
-        for r in table_rows(self.rows):
-            table.add_data(r['step'], r['prompt'], r['generation'], r['reference'], *map(str, config.values()))
-        try:
-            wandb.log({'sample_predictions': table, 'train/global_step': step})
-        except Exception as e:
-            print(f'W&B: the table of step {step} was not logged ({e}); samples.jsonl has it', file=sys.stderr)
+    def log_generations_table(self, state):
+        "Sample at a TrainerState's step; write, show and log. Every process generates its share; the first reports."
+        new = try_to_sample(self.sample, state.global_step)
+        self.rows += new
+        if new and state.is_world_process_zero:
+            write_samples(self.path, new, self.gen_config)
+            show_samples(new[:self.show], self.sample_dataset)
+            self.log_wandb(state.global_step)
+
+    def log_wandb(self, step:int):
+        "The table of a step of the trainer to the active W&B run, if there is one, see `log_sample_table`."
+        log_sample_table(self.rows, self.gen_config, step)
 
     def on_train_begin(self, args, state, control, **kw):
         if state.global_step == 0:
             self.log_generations_table(state)
         elif self.path and not self.rows:  # a resumed run: the table goes on
-            for r in read_jsonl(self.path):
-                r.pop('settings', None)
-                self.rows.append(r)
+            self.rows += earlier_samples(self.path)
 
     def on_evaluate(self, args, state, control, **kw):
         self.log_generations_table(state)
