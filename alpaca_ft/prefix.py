@@ -6,7 +6,9 @@
 __all__ = ['States', 'packed_lengths', 'rows_states', 'states_in_memory', 'with_row_numbers', 'drops_out', 'shares_weights',
            'why_no_states', 'memory_groups', 'available_memory', 'Keep', 'lock_of', 'kept_files', 'room_for_states',
            'check_place', 'decide', 'passes_needed', 'file_sum', 'intact', 'map_states', 'write_states', 'make_room',
-           'there_already', 'states_on_disk', 'both_ways', 'try_tail', 'give_back_memory', 'WholeModel']
+           'there_already', 'states_on_disk', 'both_ways', 'try_tail', 'give_back_memory', 'copy_frozen', 'stamp',
+           'check_unchanged', 'Releasable', 'gathered_weights', 'load_frozen', 'put_in_place', 'for_a_while',
+           'WholeModel']
 
 # %% ../nbs/09_prefix.ipynb #09-003
 import ctypes
@@ -180,6 +182,7 @@ def memory_groups(
                 found.append((folder/'memory'/group, 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_'))
     return found
 
+# %% ../nbs/09_prefix.ipynb #f6e7c361
 def available_memory(
     folder:Path=Path('/sys/fs/cgroup'),  # where the system tells of groups of processes
     own:Path=Path('/proc/self/cgroup'),  # where it tells which ones this process is in
@@ -476,8 +479,33 @@ def give_back_memory()->None:
         torch.cuda.empty_cache()
 
 # %% ../nbs/09_prefix.ipynb #09-078
-class WholeModel:
-    "The whole model whenever it is asked for: kept in memory, or put together from its files and what trains."
+def copy_frozen(
+    part,  # of a model; changed in place
+)->None:
+    "Give frozen weights memory of their own."
+    for p in part.parameters():
+        if not p.requires_grad:
+            p.data = p.data.clone()  # a view into a mapped file would keep all of it
+
+# %% ../nbs/09_prefix.ipynb #6236f869
+def stamp(
+    file:Path,  # of a model
+)->tuple:  # size, time, inode
+    "What changes when a file is written to or replaced."
+    s = file.stat()
+    return s.st_size, s.st_mtime_ns, s.st_ino
+
+def check_unchanged(
+    stamps:dict,  # of each file, see `stamp`
+)->None:
+    "Raise an error if a file is not what it was."
+    for f, was in stamps.items():
+        if not f.exists() or stamp(f) != was:
+            raise OSError(f'{f}: was changed or removed while its upper layers were trained')
+
+# %% ../nbs/09_prefix.ipynb #a3049458
+class Releasable:
+    "A model whose frozen layers can leave memory, because its files can bring them back."
     def __init__(self,
         model,  # after `freeze`
         cfg:RunConfig,  # how it was loaded and frozen
@@ -487,54 +515,88 @@ class WholeModel:
         self.model, self.cfg, self.dtype, self.tail, self.files, self.trained = model, cfg, dtype, None, None, None
         self.choice = choice or resolve_choice(cfg, model)
 
+    def can_be_released(self):
+        "Whether the model's files are on this disk."
+        folder = model_folder(self.cfg.model)
+        return folder is not None and any(folder.glob('*.safetensors'))
+
     def release(self,
         tail:Tail,  # what stays in memory
     )->None:
         "Let go of the frozen layers, if the model's files can bring them back."
         if not self.can_be_released():
             return
-        self.files = {f: self.stamp(f) for f in model_folder(self.cfg.model).glob('*.safetensors')}
-        for p in tail.parameters():
-            if not p.requires_grad:
-                p.data = p.data.clone()  # a view into a mapped file would keep all of it
+        self.files = {f: stamp(f) for f in model_folder(self.cfg.model).glob('*.safetensors')}
+        copy_frozen(tail)
         self.tail, self.model = tail, None
         give_back_memory()
 
-    def can_be_released(self):
-        "Whether the model's files are on this disk."
-        folder = model_folder(self.cfg.model)
-        return folder is not None and any(folder.glob('*.safetensors'))
+# %% ../nbs/09_prefix.ipynb #95aafb47
+def gathered_weights(
+    spread:dict,  # parameters by name, each spread over the processes
+    everywhere:bool=True,  # False: in the first process alone
+)->dict:  # whole parameters by name, in the computer's memory; empty where they are not wanted
+    "Put spread parameters together; all processes have to ask."
+    found = {}
+    for name, p in spread.items():
+        whole = gathered(p.detach())
+        if everywhere or is_first():
+            found[name] = nn.Parameter(whole.cpu())
+    return found
 
-    def stamp(self, file):
-        "What changes when a file is written to or replaced."
-        s = file.stat()
-        return s.st_size, s.st_mtime_ns, s.st_ino
+# %% ../nbs/09_prefix.ipynb #9b9f2d31
+def load_frozen(
+    cfg:RunConfig,  # names the model
+    choice:Choice,  # what trains
+    dtype:torch.dtype,  # of the frozen part
+    place=None,  # see `device_map` of `load_model`
+):  # causal language model
+    "Load a model from its files, and freeze it."
+    model = load_model(cfg.model, place, trust_remote_code=cfg.trust_remote_code)
+    apply_choice(model, choice, dtype)
+    return model
 
+# %% ../nbs/09_prefix.ipynb #ca76af20
+def put_in_place(
+    model,  # changed in place
+    weights:dict,  # parameters by name
+):  # the model
+    "Replace parameters of a model by others, as they are, without a copy."
+    for name, p in weights.items():
+        module, _, attribute = name.rpartition('.')
+        setattr(model.get_submodule(module), attribute, p)
+    return model
+
+# %% ../nbs/09_prefix.ipynb #d995369a
+@contextmanager
+def for_a_while(
+    assemble,  # function that gives a model
+):
+    "A model for as long as the block takes."
+    model = assemble()
+    try:
+        yield model
+    finally:
+        del model
+        give_back_memory()
+
+# %% ../nbs/09_prefix.ipynb #0dd056c3
+class WholeModel(Releasable):
+    "The whole model whenever it is asked for: kept in memory, or put together from its files and what trains."
     def gather(self,
         everywhere:bool=True,  # False: in the first process alone
     )->None:
         "Put together what trains, if it is spread over processes; all of them have to ask."
-        trained, found = self.tail.trained() if self.tail is not None else {}, {}
-        if not any(hasattr(p, 'full_tensor') for p in trained.values()):
-            return
-        for name, p in trained.items():
-            whole = gathered(p.detach())
-            if everywhere or is_first():
-                found[name] = nn.Parameter(whole.cpu())
-        self.trained = found
+        trained = self.tail.trained() if self.tail is not None else {}
+        if any(hasattr(p, 'full_tensor') for p in trained.values()):
+            self.trained = gathered_weights(trained, everywhere)
 
     def assemble(self):
         "Load the frozen part again, and put the trained parameters in their places."
-        for f, was in self.files.items():
-            if not f.exists() or self.stamp(f) != was:
-                raise OSError(f'{f}: was changed or removed while its upper layers were trained')
+        check_unchanged(self.files)
         place = 'cpu' if self.trained else None  # beside its parts, a device may have no room for the whole
-        model = load_model(self.cfg.model, place, trust_remote_code=self.cfg.trust_remote_code)
-        apply_choice(model, self.choice, self.dtype)
-        for name, p in (self.trained or self.tail.trained()).items():
-            module, _, attribute = name.rpartition('.')
-            setattr(model.get_submodule(module), attribute, p)
-        return model
+        model = load_frozen(self.cfg, self.choice, self.dtype, place)
+        return put_in_place(model, self.trained or self.tail.trained())
 
     @contextmanager
     def use_by_all(self):
@@ -544,15 +606,6 @@ class WholeModel:
             yield model.to(next(self.tail.parameters()).device) if self.trained else model
         self.trained = None
 
-    @contextmanager
     def use(self):
         "The model, for as long as the block takes."
-        if self.model is not None:
-            yield self.model
-            return
-        model = self.assemble()
-        try:
-            yield model
-        finally:
-            del model
-            give_back_memory()
+        return for_a_while(self.assemble) if self.model is None else nullcontext(self.model)
