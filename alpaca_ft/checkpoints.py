@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'write_checkpoint', 'remove_checkpoint', 'step_of', 'checkpoints', 'tidy', 'damage', 'last_complete',
-           'random_states', 'set_random_states', 'Stopped', 'resume_command', 'read_state', 'keep_whole', 'Checkpoints',
-           'cut_logs', 'shorter_log', 'best_folder', 'refers_to', 'lost', 'Best', 'Failed', 'out_of_memory', 'gib',
-           'fewer_layers', 'memory_advice', 'disk_trouble', 'explained']
+           'random_states', 'set_random_states', 'Stopped', 'resume_command', 'read_state', 'keep_whole',
+           'whole_tensors', 'log_lengths', 'run_state', 'write_contents', 'save_step', 'put_weights', 'read_moments',
+           'put_moments', 'put_exact', 'put_back', 'signals_to', 'StopSignals', 'Saver', 'Checkpoints', 'cut_logs',
+           'shorter_log', 'best_folder', 'refers_to', 'lost', 'best_measure', 'BestSoFar', 'write_weights', 'keep_best',
+           'tidy_best', 'BestWeights', 'Best', 'Failed', 'out_of_memory', 'gib', 'fewer_layers', 'memory_advice',
+           'disk_trouble', 'explained']
 
 # %% ../nbs/12_checkpoints.ipynb #12-003
 import errno
@@ -194,9 +197,199 @@ def keep_whole(
     if is_first():
         tensors[name] = whole.cpu().contiguous()
 
-# %% ../nbs/12_checkpoints.ipynb #12-054
-class Checkpoints(TrainerCallback):
-    "Saves between two steps, after a step's log, evaluation and samples; stops there when a signal came."
+# %% ../nbs/12_checkpoints.ipynb #12-cw1
+def whole_tensors(
+    trained:dict,  # parameters by their names in the whole model
+    optimizer,  # that trains them
+)->tuple:  # (weights, what the optimizer keeps): tensors by name; both are empty where nothing is written
+    "What trains, and what the optimizer has on it, for the first process; put together if it is spread."
+    weights, moments = {}, {}
+    for k, p in trained.items():
+        keep_whole(weights, k, p.detach())
+        for name, t in optimizer.state[p].items():
+            if t is not None:
+                keep_whole(moments, f'{k}|{name}', torch.as_tensor(t))
+    return weights, moments
+
+# %% ../nbs/12_checkpoints.ipynb #12-cw3
+def log_lengths(
+    out:Path,  # the run folder
+)->dict:  # bytes by name, of the logs that are there
+    "How long the logs are, once they are on the disk."
+    lengths = {}
+    for name in LOGS:
+        if (out/name).exists():
+            sync(out/name)
+            lengths[name] = (out/name).stat().st_size
+    return lengths
+
+# %% ../nbs/12_checkpoints.ipynb #12-cw5
+def run_state(
+    saver,  # a `Saver`, see below
+    rest:dict,  # see `random_states`
+)->dict:  # see `read_state`
+    "What a checkpoint says beside its tensors."
+    trainer = saver.trainer
+    step, stream = trainer.state.global_step, trainer.stream
+    return dict(step=step, tokens=trainer.tokens, scheduler=trainer.lr_scheduler.state_dict(),
+                lr=[g['lr'] for g in trainer.optimizer.param_groups],
+                losses=saver.watch.past[-20:] if saver.watch else [], logs=log_lengths(saver.out), random=rest,
+                best=saver.best.state() if saver.best else None, stream=stream and stream.places[step])
+
+# %% ../nbs/12_checkpoints.ipynb #12-cw6
+def write_contents(
+    folder:Path,  # gets the files
+    saver,  # a `Saver`, see below
+    weights:dict,  # see `whole_tensors`
+    moments:dict,  # see `whole_tensors`
+)->None:
+    "All files of a checkpoint."
+    rng, rest = random_states()
+    save_file(weights, folder/'weights.safetensors')
+    save_file(moments, folder/'optimizer.safetensors')
+    save_file(rng, folder/'random.safetensors')
+    (folder/'state.json').write_text(json.dumps(run_state(saver, rest)), encoding='utf-8')
+
+# %% ../nbs/12_checkpoints.ipynb #12-cw8
+def save_step(
+    saver,  # a `Saver`, see below
+    step:int,  # that has ended
+    weights:dict,  # see `whole_tensors`
+    moments:dict,  # see `whole_tensors`
+)->None:
+    "Write the checkpoint of a step in this process, and delete old ones."
+    write = partial(write_contents, saver=saver, weights=weights, moments=moments)
+    write_checkpoint(saver.folder(step), write)
+    tidy(saver.out, saver.cfg.keep, step)
+    if saver.best:
+        saver.best.tidy()
+
+# %% ../nbs/12_checkpoints.ipynb #12-cr1
+def put_weights(
+    folder:Path,  # with a weights.safetensors
+    trained:dict,  # parameters by their names in the whole model; they get the weights
+)->None:
+    "Put saved weights into a model."
+    saved = load_file(folder/'weights.safetensors')
+    with torch.no_grad():
+        for k, p in trained.items():
+            p.copy_(spread_like(saved[k], p))
+
+# %% ../nbs/12_checkpoints.ipynb #12-cr3
+def read_moments(
+    folder:Path,  # a checkpoint
+)->dict:  # by the parameter's name, then by the optimizer's own
+    "What the optimizer had on each weight."
+    moments = {}
+    for k, t in load_file(folder/'optimizer.safetensors').items():
+        name, entry = k.rsplit('|', 1)
+        moments.setdefault(name, {})[entry] = t
+    return moments
+
+# %% ../nbs/12_checkpoints.ipynb #12-cr4
+def put_moments(
+    optimizer,  # fresh, with the same groups
+    names:dict,  # parameters: their names in the whole model
+    moments:dict,  # see `read_moments`
+    rates:list,  # the learning rate of each group
+)->None:
+    "Give a fresh optimizer what it had on each weight."
+    saved, number = optimizer.state_dict(), 0
+    for group, numbered, lr in zip(optimizer.param_groups, saved['param_groups'], rates):
+        numbered['lr'] = lr
+        for p in group['params']:
+            if names[p] in moments:
+                saved['state'][number] = {entry: spread_like(t, p) for entry, t in moments[names[p]].items()}
+            number += 1
+    optimizer.load_state_dict(saved)
+
+# %% ../nbs/12_checkpoints.ipynb #12-cr6
+def put_exact(
+    optimizer,  # after `put_moments`
+    names:dict,  # parameters: their names in the whole model
+    moments:dict,  # see `read_moments`
+)->None:
+    "Give back the precision that `load_state_dict` has taken."
+    for p, k in names.items():
+        for entry, t in moments.get(k, {}).items():
+            if optimizer.state[p][entry].dtype != t.dtype:  # numbers in fp32 about a weight in bf16
+                optimizer.state[p][entry] = spread_like(t.to(p.device), p)
+
+# %% ../nbs/12_checkpoints.ipynb #12-cr8
+def put_back(
+    saver,  # a `Saver`, see below, with `resume_from` and a trainer that has just begun
+)->None:
+    "Put back what the trainer has made anew: optimizer, schedule, counts, random states."
+    folder, trainer = saver.resume_from, saver.trainer
+    about, moments = read_state(folder), read_moments(folder)
+    names = {p: k for k, p in saver.trained().items()}
+    put_moments(trainer.optimizer, names, moments, about['lr'])
+    put_exact(trainer.optimizer, names, moments)
+    trainer.lr_scheduler.load_state_dict(about['scheduler'])
+    trainer.tokens = about['tokens']
+    if saver.watch:
+        saver.watch.past = about['losses']
+    set_random_states(load_file(folder/'random.safetensors'), about['random'])
+
+# %% ../nbs/12_checkpoints.ipynb #12-cs1
+@contextmanager
+def signals_to(
+    handler,  # function of a signal's number, and of a function that restores the earlier handlers
+):
+    "Inside, SIGTERM and SIGINT call a function; behind it, they do again what they did before."
+    before = {}
+
+    def restore():
+        for s in list(before):
+            signal.signal(s, before.pop(s))
+
+    for s in (signal.SIGTERM, signal.SIGINT):
+        try:
+            before[s] = signal.signal(s, lambda number, frame: handler(number, restore))
+        except ValueError:
+            pass  # not in the main thread
+    try:
+        yield
+    except BaseException:
+        if processes() > 1 and before.pop(signal.SIGTERM, None) is not None:
+            deaf()  # the launcher sends SIGTERM when another process has failed, and this one has last words
+        raise
+    finally:
+        restore()
+
+# %% ../nbs/12_checkpoints.ipynb #12-cs3
+class StopSignals(TrainerCallback):
+    "Remembers a signal, so that the run can stop when its step has ended."
+    def __init__(self):
+        self.trainer, self.signal = None, None
+
+    def remember(self, number, restore):
+        "Note the first signal; the second one does what it would have done without us."
+        if self.signal:
+            restore()
+            os.kill(os.getpid(), number)
+            return
+        self.signal = signal.Signals(number).name
+        if processes() == 1:  # several will say it together
+            os.write(2, f'\n{self.signal}: finishing this step and saving a checkpoint; send it once more to stop at '
+                        'once\n'.encode())
+
+    def watch_signals(self):
+        "Inside, the first SIGTERM or SIGINT is remembered, and the second one does what it would have done."
+        return signals_to(self.remember)
+
+    def told(self):
+        "Whether a signal came, to this process or to another one: all stop at the same step."
+        if processes() == 1:
+            return self.signal is not None
+        came = added(torch.tensor([float(self.signal is not None)], device=self.trainer.args.device)).item() > 0
+        if came and not self.signal:
+            self.signal = 'a signal to another process'
+        return came  # and not self.signal, which may have come since: it is for the next step
+
+# %% ../nbs/12_checkpoints.ipynb #12-cs5
+class Saver(StopSignals):
+    "Saves the run as it is between two steps."
     # What the libraries lack: the Trainer saves pickles, all weights, not atomically, and a kill in mid-save
     # leaves a checkpoint that it takes for the newest.
     def __init__(self,
@@ -204,8 +397,9 @@ class Checkpoints(TrainerCallback):
         cfg:RunConfig,  # save_every, keep
         watch=None,  # StopAtNaN, whose past losses belong to the state
     ):
+        super().__init__()
         self.out, self.cfg, self.watch = Path(out), cfg, watch
-        self.trainer, self.resume_from, self.signal, self.best = None, None, None, None
+        self.resume_from, self.best = None, None
 
     def folder(self, step):
         "Where the checkpoint of a step is."
@@ -215,78 +409,26 @@ class Checkpoints(TrainerCallback):
         "The trained parameters by their names in the whole model."
         return self.trainer.model.tail.trained()
 
-    def tensors(self):
-        "What trains, and what the optimizer has on it, for the first process; put together if it is spread."
-        weights, moments = {}, {}
-        for k, p in self.trained().items():
-            keep_whole(weights, k, p.detach())
-            for name, t in self.trainer.optimizer.state[p].items():
-                if t is not None:
-                    keep_whole(moments, f'{k}|{name}', torch.as_tensor(t))
-        return weights, moments
-
-    def write(self, folder, weights, tensors):
-        "All files of a checkpoint."
-        optimizer, (rng, rest) = self.trainer.optimizer, random_states()
-        save_file(weights, folder/'weights.safetensors')
-        save_file(tensors, folder/'optimizer.safetensors')
-        save_file(rng, folder/'random.safetensors')
-        logs = {}
-        for name in LOGS:
-            if (self.out/name).exists():
-                sync(self.out/name)
-                logs[name] = (self.out/name).stat().st_size
-        step, stream = self.trainer.state.global_step, self.trainer.stream
-        about = dict(step=step, tokens=self.trainer.tokens,
-                     scheduler=self.trainer.lr_scheduler.state_dict(), lr=[g['lr'] for g in optimizer.param_groups],
-                     losses=self.watch.past[-20:] if self.watch else [], logs=logs, random=rest,
-                     best=self.best.state() if self.best else None, stream=stream and stream.places[step])
-        (folder/'state.json').write_text(json.dumps(about), encoding='utf-8')
-
     def save(self, step):
         "Write the checkpoint of a step, and delete old ones. Of several processes the first does, and all wait."
-        first_does(self.save_here, step, *self.tensors())
+        first_does(save_step, self, step, *whole_tensors(self.trained(), self.trainer.optimizer))
 
-    def save_here(self, step, weights, moments):
-        "The same in this process."
-        write_checkpoint(self.folder(step), partial(self.write, weights=weights, tensors=moments))
-        tidy(self.out, self.cfg.keep, step)
-        if self.best:
-            self.best.tidy()
+    def last_good(self):
+        "Which checkpoint there is, for a message."
+        found = checkpoints(self.out)
+        return f'the last checkpoint is {found[-1]}' if found else 'no checkpoint was saved'
 
+# %% ../nbs/12_checkpoints.ipynb #12-054
+class Checkpoints(Saver):
+    "Saves between two steps, after a step's log, evaluation and samples; stops there when a signal came."
     def restore_weights(self, trained):
         "Before the trainer is made: the weights of the checkpoint to go on from."
-        saved = load_file(self.resume_from/'weights.safetensors')
-        with torch.no_grad():
-            for k, p in trained.items():
-                p.copy_(saved[k])
+        put_weights(self.resume_from, trained)
 
     def on_train_begin(self, args, state, control, **kw):
-        "Put back what the trainer has made anew: optimizer, schedule, counts, random states."
-        if self.resume_from is None:
-            return
-        about, by_name = read_state(self.resume_from), {}
-        for k, t in load_file(self.resume_from/'optimizer.safetensors').items():
-            name, entry = k.rsplit('|', 1)
-            by_name.setdefault(name, {})[entry] = t
-        optimizer, names = self.trainer.optimizer, {p: k for k, p in self.trained().items()}
-        saved, number = optimizer.state_dict(), 0
-        for group, numbered, lr in zip(optimizer.param_groups, saved['param_groups'], about['lr']):
-            numbered['lr'] = lr
-            for p in group['params']:
-                if names[p] in by_name:
-                    saved['state'][number] = {entry: spread_like(t, p) for entry, t in by_name[names[p]].items()}
-                number += 1
-        optimizer.load_state_dict(saved)
-        for p, k in names.items():
-            for entry, t in by_name.get(k, {}).items():
-                if optimizer.state[p][entry].dtype != t.dtype:  # numbers in fp32 about a weight in bf16
-                    optimizer.state[p][entry] = spread_like(t.to(p.device), p)
-        self.trainer.lr_scheduler.load_state_dict(about['scheduler'])
-        self.trainer.tokens = about['tokens']
-        if self.watch:
-            self.watch.past = about['losses']
-        set_random_states(load_file(self.resume_from/'random.safetensors'), about['random'])
+        "Put back what the trainer has made anew."
+        if self.resume_from is not None:
+            put_back(self)
 
     def on_step_begin(self, args, state, control, **kw):
         "Between two steps."
@@ -300,58 +442,10 @@ class Checkpoints(TrainerCallback):
             raise shared(Stopped(f'stopped by {self.signal} after step {step}; go on with: '
                                  f'{resume_command(self.cfg, self.out)}'))
 
-    def told(self):
-        "Whether a signal came, to this process or to another one: all stop at the same step."
-        if processes() == 1:
-            return self.signal is not None
-        came = added(torch.tensor([float(self.signal is not None)], device=self.trainer.args.device)).item() > 0
-        if came and not self.signal:
-            self.signal = 'a signal to another process'
-        return came  # and not self.signal, which may have come since: it is for the next step
-
     def on_train_end(self, args, state, control, **kw):
         "Behind the last step."
         if self.cfg.save_every and state.global_step % self.cfg.save_every == 0:
             self.save(state.global_step)
-
-    def last_good(self):
-        "Which checkpoint there is, for a message."
-        found = checkpoints(self.out)
-        return f'the last checkpoint is {found[-1]}' if found else 'no checkpoint was saved'
-
-    @contextmanager
-    def watch_signals(self):
-        "Inside, the first SIGTERM or SIGINT is remembered, and the second one does what it would have done."
-        before = {}
-
-        def restore():
-            for s in list(before):
-                signal.signal(s, before.pop(s))
-
-        def remember(number, frame):
-            if self.signal:
-                restore()
-                os.kill(os.getpid(), number)
-                return
-            self.signal = signal.Signals(number).name
-            if processes() > 1:
-                return  # all will say it together
-            os.write(2, f'\n{self.signal}: finishing this step and saving a checkpoint; send it once more to stop at '
-                        'once\n'.encode())
-
-        for s in (signal.SIGTERM, signal.SIGINT):
-            try:
-                before[s] = signal.signal(s, remember)
-            except ValueError:
-                pass  # not in the main thread
-        try:
-            yield
-        except BaseException:
-            if processes() > 1 and before.pop(signal.SIGTERM, None) is not None:
-                deaf()  # the launcher sends SIGTERM when another process has failed, and this one has last words
-            raise
-        finally:
-            restore()
 
 # %% ../nbs/12_checkpoints.ipynb #12-068
 def cut_logs(
@@ -409,17 +503,22 @@ def lost(
     why = damage(best_folder(folder.parent.parent, step))
     return why and f'its best weights so far, those of step {step}: {why}'
 
-# %% ../nbs/12_checkpoints.ipynb #12-be4
-class Best(TrainerCallback):
-    "Keeps the weights of the best evaluation, and stops the run if none was better for a while."
-    # What the libraries lack: load_best_model_at_end needs a whole checkpoint at each evaluation, and is not exact
-    # if a run was killed between the two.
+# %% ../nbs/12_checkpoints.ipynb #12-bs1
+def best_measure(
+    cfg:RunConfig,  # loss_on
+)->str:  # its name in the metrics
+    "The loss by which evaluations are compared."
+    return 'eval_response_loss' if cfg.loss_on == 'response' else 'eval_loss'
+
+# %% ../nbs/12_checkpoints.ipynb #12-bs2
+class BestSoFar(TrainerCallback):
+    "Which evaluation was the best, and how many came since."
     def __init__(self,
         out:Path,  # the run folder
         cfg:RunConfig,  # final, patience, loss_on
     ):
-        self.out, self.cfg, self.trainer = Path(out), cfg, None
-        self.step, self.loss, self.waited, self.ended = None, None, 0, False
+        self.out, self.cfg = Path(out), cfg
+        self.step, self.loss, self.waited = None, None, 0
 
     @property
     def asked(self):
@@ -435,6 +534,80 @@ class Best(TrainerCallback):
         "What a checkpoint says of it."
         return dict(step=self.step, loss=self.loss, waited=self.waited, kept=self.cfg.final == 'best')
 
+    def note(self):
+        "Write best.json, for people and for the report."
+        if is_first():
+            about = dict(measure=best_measure(self.cfg), step=self.step, loss=self.loss, evaluations_since=self.waited)
+            write_whole(self.out/'best.json', json.dumps(about, indent=1))
+
+# %% ../nbs/12_checkpoints.ipynb #12-bs4
+def write_weights(
+    folder:Path,  # gets weights.safetensors
+    trained:dict,  # tensors by their names in the whole model
+)->None:
+    "The weights that train."
+    save_file(trained, folder/'weights.safetensors')
+
+def keep_best(
+    out:Path,  # the run folder
+    step:int,  # of the evaluation
+    parameters:dict,  # that train, by their names in the whole model
+)->None:
+    "Write the weights of the best evaluation. Of several processes the first does, and all wait."
+    trained = {}
+    for k, p in parameters.items():
+        keep_whole(trained, k, p.detach())
+    first_does(write_checkpoint, best_folder(out, step), partial(write_weights, trained=trained))
+
+# %% ../nbs/12_checkpoints.ipynb #12-bs5
+def tidy_best(
+    out:Path,  # the run folder
+    needed:set,  # the steps whose weights stay
+)->None:
+    "Delete all other best weights, and what killed saves left behind."
+    folder = out/'best'
+    for p in folder.glob('*.part'):
+        shutil.rmtree(p, ignore_errors=True)
+    for p in folder.glob('step-*'):
+        if p.name not in {f'step-{step}' for step in needed}:
+            remove_checkpoint(p)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+# %% ../nbs/12_checkpoints.ipynb #12-bs7
+class BestWeights(BestSoFar):
+    "Keeps the weights of the best evaluation for as long as they are needed."
+    # What the libraries lack: load_best_model_at_end needs a whole checkpoint at each evaluation, and is not exact
+    # if a run was killed between the two.
+    def __init__(self,
+        out:Path,  # the run folder
+        cfg:RunConfig,  # final, patience, loss_on
+    ):
+        super().__init__(out, cfg)
+        self.trainer, self.ended = None, False
+
+    def keep(self, step):
+        "Write the weights as they are now, at the evaluation of a step."
+        keep_best(self.out, step, self.trainer.model.tail.trained())
+
+    def tidy(self):
+        "Delete best weights that neither the run nor a checkpoint on the disk needs, and what killed saves left."
+        if is_first():
+            needed = set(map(refers_to, checkpoints(self.out)))
+            tidy_best(self.out, needed if self.ended else needed | {self.step})
+
+    def end(self):
+        "The result is written: weights that no checkpoint needs are not needed any more."
+        self.ended = True
+        self.tidy()
+
+    def restore(self, trained):
+        "Put the best weights in the place of the last ones."
+        put_weights(best_folder(self.out, self.step), trained)
+
+# %% ../nbs/12_checkpoints.ipynb #12-be4
+class Best(BestWeights):
+    "Keeps the weights of the best evaluation, and stops the run if none was better for a while."
     def go_on(self,
         state:dict=None,  # see `state`; None: the run starts
     ):
@@ -446,44 +619,11 @@ class Best(TrainerCallback):
             (self.out/'best.json').unlink(missing_ok=True)
         self.tidy()
 
-    def note(self):
-        "Write best.json, for people and for the report."
-        if not is_first():
-            return
-        measure = 'eval_response_loss' if self.cfg.loss_on == 'response' else 'eval_loss'
-        about = dict(measure=measure, step=self.step, loss=self.loss, evaluations_since=self.waited)
-        write_whole(self.out/'best.json', json.dumps(about, indent=1))
-
-    def tidy(self):
-        "Delete best weights that neither the run nor a checkpoint on the disk needs, and what killed saves left."
-        if not is_first():
-            return
-        folder, needed = self.out/'best', set(map(refers_to, checkpoints(self.out)))
-        if not self.ended:
-            needed.add(self.step)
-        for p in folder.glob('*.part'):
-            shutil.rmtree(p, ignore_errors=True)
-        for p in folder.glob('step-*'):
-            if p.name not in {f'step-{step}' for step in needed}:
-                remove_checkpoint(p)
-        if folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
-
-    def write(self, folder, trained):
-        "The weights that train."
-        save_file(trained, folder/'weights.safetensors')
-
     def on_evaluate(self, args, state, control, metrics=None, **kw):
-        loss = metrics['eval_loss']
-        if self.cfg.loss_on == 'response':
-            loss = metrics['eval_response_loss']
+        loss = metrics[best_measure(self.cfg)]
         if self.loss is None or loss < self.loss:
             if self.cfg.final == 'best':
-                trained = {}
-                for k, p in self.trainer.model.tail.trained().items():
-                    keep_whole(trained, k, p.detach())
-                write = partial(self.write, trained=trained)
-                first_does(write_checkpoint, best_folder(self.out, state.global_step), write)
+                self.keep(state.global_step)
             self.step, self.loss, self.waited = state.global_step, loss, 0
             self.tidy()
         else:
@@ -491,18 +631,6 @@ class Best(TrainerCallback):
         self.note()
         if self.enough:
             control.should_training_stop = True
-
-    def end(self):
-        "The result is written: weights that no checkpoint needs are not needed any more."
-        self.ended = True
-        self.tidy()
-
-    def restore(self, trained):
-        "Put the best weights in the place of the last ones."
-        saved = load_file(best_folder(self.out, self.step)/'weights.safetensors')
-        with torch.no_grad():
-            for k, p in trained.items():
-                p.copy_(spread_like(saved[k], p))
 
 # %% ../nbs/12_checkpoints.ipynb #12-080
 class Failed(RuntimeError):
