@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHARTS', 'series', 'page_svg', 'chart', 'facts', 'settings', 'differing', 'prompt_parts', 'asked_parts', 'spread',
            'sample_cards', 'data_lines', 'memory_lines', 'preflight_lines', 'evaluation_rows', 'changed_options',
-           'packing_picture', 'evaluated', 'seen_rows', 'render', 'write_report', 'ReportCB']
+           'packing_picture', 'evaluated', 'seen_rows', 'render', 'name_apart', 'write_report', 'ReportCB']
 
 # %% ../nbs/15_report.ipynb #15-003
 import base64
@@ -417,6 +417,16 @@ def render(
         runs=[_about(r, running) for r in runs], differing=differing(runs), charts=[chart(runs, *c) for c in CHARTS],
         prompts=cards, left_out=left_out, script=Markup(script), script_hash=f'sha256-{digest}')
 
+# %% ../nbs/15_report.ipynb #15-na1
+def name_apart(
+    runs:list,  # see `read_run`; those that share a name get another
+)->None:
+    "Give runs of the same name the name of the folder above them as well."
+    names = [r['name'] for r in runs]
+    for r in runs:
+        if names.count(r['name']) > 1:
+            r['name'] = f"{r['folder'].resolve().parent.name}/{r['name']}"
+
 # %% ../nbs/15_report.ipynb #15-059
 def write_report(
     folders,  # a run folder, or a list of at most six
@@ -428,10 +438,7 @@ def write_report(
     if not 1 <= len(folders) <= 6:
         raise Refused(f'{len(folders)} runs: a report shows one to six; give fewer')
     runs = [read_run(f) for f in folders]
-    names = [r['name'] for r in runs]
-    for r in runs:
-        if names.count(r['name']) > 1:
-            r['name'] = f"{r['folder'].resolve().parent.name}/{r['name']}"
+    name_apart(runs)
     if to is None:
         to = runs[0]['folder']/'report.html' if len(runs) == 1 else 'report.html'
     to = Path(to)
