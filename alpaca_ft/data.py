@@ -234,6 +234,16 @@ def one_row(
     row = _tidy(row)
     return row, check(row) if check else None
 
+# %% ../nbs/01_data.ipynb #01-rf1
+def _refusal(
+    first_bad:str,  # the line about the first bad row
+    n_bad:int,  # bad rows
+    n_good:int,  # the other rows
+)->Refused:  # to raise
+    "What to say of rows of which some are bad."
+    return Refused(f'{first_bad} ({n_bad} bad of {n_bad+n_good} rows; '
+                   'correct them, or leave them out with --skip-bad-rows)')
+
 # %% ../nbs/01_data.ipynb #01-033-s1
 def checked(
     rows,  # (row number, row) pairs
@@ -257,8 +267,7 @@ def checked(
         if skip_bad and bad is not None:
             bad.append(line)
     if n_bad and not skip_bad:
-        raise Refused(f'{first_bad} ({n_bad} bad of {n_bad+n_good} rows; '
-                      'correct them, or leave them out with --skip-bad-rows)')
+        raise _refusal(first_bad, n_bad, n_good)
     if not n_good:
         raise Refused(f'{where}: no usable rows; {_wanted}')
 
