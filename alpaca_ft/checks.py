@@ -189,6 +189,10 @@ EXERCISES |= {
                      '6df3aab4e5cd',
                      'A causal token sees itself and what stands before it.',
                      'Where does its document end?'),
+}
+
+# %% ../nbs/a9_checks.ipynb #a9-cp1
+EXERCISES |= {
     '12-1': Exercise('the file whose absence gives the half checkpoint away', '094c5281c56a',
                      'What does your version write last?'),
     '12-2': Exercise('what takes most of the memory: a key of `memory_estimate`', 'b4f04d4406d6',
