@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'USUAL', 'ROLES', 'parse_columns', 'named', 'hint', 'one_turn', 'chat_turns', 'chat_row', 'file_row',
-           'from_chat', 'turns_before', 'with_turns', 'as_question', 'IfThere', 'as_row']
+           'from_chat', 'turns_before', 'with_turns', 'as_question', 'IfThere', 'names_in', 'from_pair', 'as_row']
 
 # %% ../nbs/a6_formats.ipynb #a6-002
 import json
@@ -193,10 +193,37 @@ def as_question(
     turns = [*before, dict(role='user', content=asked + (f'\n\n{given}' if given else ''))]
     return dict(messages=turns + [dict(role='assistant', content=answer)] if answer else turns), None
 
-# %% ../nbs/a6_formats.ipynb #a6-026
+# %% ../nbs/a6_formats.ipynb #a6-if1
 class IfThere(dict):
     "Names for our columns that a row may have; for one that it lacks, our own name counts."
 
+def names_in(
+    raw:dict,  # an object read from a file
+    columns:dict,  # see `parse_columns`; an `IfThere` of it; or None
+)->tuple:  # (the names that count for this row, what is wrong or None)
+    "Which of the given names a row is read by."
+    columns = columns or {}
+    if isinstance(columns, IfThere):
+        columns = {part: source for part, source in columns.items() if source in raw}
+    for part, source in columns.items():
+        if source not in raw and part != 'input':
+            return columns, f'has no column {source!r}; its columns are {named(raw)}'
+    return columns, None
+
+# %% ../nbs/a6_formats.ipynb #a6-if3
+def from_pair(
+    raw:dict,  # an object read from a file
+    before:list,  # see `turns_before`
+)->tuple|None:  # see `as_row`; None if the object is of another kind
+    "The row of a `prompt` and a `completion`."
+    given, answer = raw.get('prompt'), raw.get('completion')
+    if isinstance(given, list) and isinstance(answer, list):
+        return from_chat(raw, 'prompt and completion', before + given + answer)
+    if isinstance(given, str) and isinstance(answer, str):
+        return with_turns(dict(instruction=given, input='', output=answer), before)
+    return None
+
+# %% ../nbs/a6_formats.ipynb #a6-026
 def as_row(
     raw,  # an object read from a file
     columns:dict=None,  # see `parse_columns`; or an `IfThere` of it
@@ -204,12 +231,9 @@ def as_row(
     "A row of any known kind in one form; what is not a row at all is returned as it is."
     if not isinstance(raw, dict):
         return raw, None
-    columns = columns or {}
-    if isinstance(columns, IfThere):
-        columns = {part: source for part, source in columns.items() if source in raw}
-    for part, source in columns.items():
-        if source not in raw and part != 'input':
-            return raw, f'has no column {source!r}; its columns are {named(raw)}'
+    columns, problem = names_in(raw, columns)
+    if problem:
+        return raw, problem
     row = {part: raw.get(columns.get(part, part)) for part in PARTS}
     before, problem = turns_before(raw, columns.values())
     if problem:
@@ -220,10 +244,7 @@ def as_row(
         if raw.get(name) is not None:
             turns = raw[name]
             return from_chat(raw, name, before + turns if isinstance(turns, list) and turns else turns)
-    given, answer = raw.get('prompt'), raw.get('completion')
-    if isinstance(given, list) and isinstance(answer, list):
-        return from_chat(raw, 'prompt and completion', before + given + answer)
-    if isinstance(given, str) and isinstance(answer, str):
-        return with_turns(dict(instruction=given, input='', output=answer), before)
+    if pair := from_pair(raw, before):
+        return pair
     missing = 'instruction' if row['instruction'] is None else 'output'
     return raw, f'{missing} is missing{hint(raw)}'
