@@ -29,7 +29,8 @@ notebooks = sorted((root/'nbs').glob('*.ipynb'), key=by_number)
 def signature_of(obj):
     "Signature of a function, or of what makes an object of a class; None where there is none of its own."
     if isinstance(obj, type):
-        obj = obj.__dict__.get('__init__')
+        own = [c for c in obj.__mro__ if '__init__' in c.__dict__ and c.__module__.startswith('alpaca_ft')]
+        obj = own[0].__init__ if own else None
     try:
         return inspect.signature(obj) if obj else None
     except (TypeError, ValueError):
@@ -39,8 +40,12 @@ def signature_of(obj):
 def descriptions(obj):
     "What is said of each parameter: the comments in the signature, or the help of an option."
     from fastcore.docments import docments
-    fields = getattr(obj, '__dataclass_fields__', {})
-    said = docments(obj.__init__ if isinstance(obj, type) and not fields else obj)
+    fields, said = getattr(obj, '__dataclass_fields__', {}), {}
+    if fields:
+        for base in reversed(obj.__mro__[:-1]):  # a comment stands where its field does, in this class or a base
+            said |= {k: v for k, v in docments(base).items() if v}
+    else:
+        said = docments(obj.__init__ if isinstance(obj, type) else obj)
     return said | {k: f.metadata['help'] for k, f in fields.items() if f.metadata.get('help')}
 
 
