@@ -419,7 +419,6 @@ def _load_folder(
 
 # %% ../nbs/01_data.ipynb #01-061
 ARTIFACT = re.compile(r'^[\w.-]+/[\w.-]+/[\w.-]+:[\w.-]+$')  # the name of a W&B artifact
-_artifact = ARTIFACT  # its earlier name
 _hub = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
 
 # %% ../nbs/01_data.ipynb #01-062

@@ -56,7 +56,7 @@ class ChoiceOptions:
     n_freeze:float = option(0.8, 'layers frozen, counted from the input: a share of them (0.75), a number (24), or '
                             '`auto`, three quarters', least=0, shown='N|PART|auto')
     layers:str = option(None, 'layers that train, in place of n_freeze, counted from 0: `8-15`, `last:6`, or '
-                        '`spectrum:0.25`, the quarter of the matrices with the most signal for their noise')
+                        '`spectrum:0.25`, the quarter of the matrices with the most signal compared with their noise')
     rotate:int = option(None, 'of the layers that train so many at a time, drawn anew again and again (LISA); none: '
                         'all at once', least=1)
     rotate_every:int = option(None, 'optimizer steps until others are drawn; none: a tenth of the run', least=1)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from .data import Refused, _artifact, has_key, load_alpaca, split_alpaca, wandb_told, write_jsonl
+from .data import ARTIFACT, Refused, has_key, load_alpaca, split_alpaca, wandb_told, write_jsonl
 from .files import read_json, read_jsonl
 from .formats import file_row, parse_columns
 from .options import RunConfig
@@ -226,7 +226,7 @@ def wandb_run(
         more = dict(id=known.read_text(encoding='utf-8').strip(), resume='allow')
     run = start_wandb(out.name, str(out), cfg.project, cfg.tags, about, **more)
     known.write_text(f'{run.id}\n', encoding='utf-8')
-    if not run.offline and _artifact.match(cfg.data):
+    if not run.offline and ARTIFACT.match(cfg.data):
         try:
             run.use_artifact(cfg.data, type='dataset')
         except Exception as e:

@@ -9,7 +9,7 @@ usage: methods.py --out RESULT.json [--rows demo FILE ...] [--minutes 60]   (sto
 
 1. Time: seconds a step, seconds a row through the frozen layers, and peak memory of each arm, on a quiet machine.
 2. Sweep: each arm at three rates or more, a third of the seconds, one seed, by the loss of validation rows; then the
-   best of them and lower ones with all of the seconds (three epochs at most), for a longer run wants a lower rate.
+   best of them and lower ones with all of the seconds (three epochs at most), because a longer run wants a lower rate.
 3. Seeds: the best rate with all of the seconds, three seeds, measured on test rows.
 4. Memory: arms that need more than the default get recomputed activations.
 5. Time to quality: this package's arms that came first, at parts of the seconds, three seeds; it waits for all of them.

@@ -2,8 +2,8 @@
 
 usage: scale.py [--rounds 3] [--steps 8] [--rows 120] [--model demo] [--out FILE.json]
 
-Commands as a user types them, one after another, in turns. A ratio is taken within a round, for others may load the
-machine in one round more than in the next; the table says how many cores they took.
+Commands as a user types them, one after another, in turns. A ratio is taken within a round, because others may load
+the machine in one round more than in the next; the table says how many cores they took.
 1. Tokens a second (the run's own log, median of the steps but the first two), nothing kept: one process with one
    thread, one with two, two (torchrun, DDP over gloo) with one each.
 2. Kept states: a first job with an empty cache in one process and in two, each with one thread, a second job like it,
