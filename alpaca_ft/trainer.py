@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['turns', 'sft_config', 'check_optim', 'rows_of_step', 'taken_in_turn', 'MicroBatches', 'where_to_predict',
-           'StepCollator', 'on_device', 'token_losses', 'PackedLoss', 'row_sums', 'PackedSFTTrainer', 'LastEvaluation',
-           'SameWeights', 'shard_by_layer', 'for_several', 'make_trainer', 'Diverged', 'StopAtNaN', 'Rotate', 'Metrics',
-           'quiet', 'run_collator']
+           'padded_states', 'StepCollator', 'on_device', 'token_losses', 'ForTrainer', 'labelled_hidden', 'PackedLoss',
+           'row_sums', 'mean_losses', 'row_loader', 'train_loader', 'OrderedTrainer', 'TokenMeanTrainer', 'draw_anew',
+           'add_up', 'PackedSFTTrainer', 'LastEvaluation', 'SameWeights', 'shard_by_layer', 'for_several',
+           'fsdp_on_cpu', 'module_to_train', 'make_trainer', 'Diverged', 'why_stop', 'rows_in_words', 'StopAtNaN',
+           'let_train', 'Rotate', 'evaluation_line', 'StepBar', 'Metrics', 'quiet', 'run_collator']
 
 # %% ../nbs/07_trainer.ipynb #07-003
 import difflib
@@ -19,7 +21,7 @@ import torch
 from accelerate import DistributedDataParallelKwargs, DistributedType, PartialState
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers import Trainer, TrainingArguments
@@ -156,6 +158,19 @@ def where_to_predict(
     picked = row*len(columns) + torch.searchsorted(columns, column)
     return dict(predict=row*labels.shape[1] + column, columns=columns, picked=picked)
 
+# %% ../nbs/07_trainer.ipynb #0e11b7f0
+def padded_states(
+    states,  # kept states: row number -> (tokens, hidden)
+    rows:list,  # packed rows with their number in `row`; None: it only fills an empty micro-batch
+    width:int,  # tokens of the longest row
+)->torch.Tensor:  # (rows, width, hidden)
+    "The kept states of some rows, padded with zeros to a common width."
+    out = torch.zeros(len(rows), width, states.hidden, dtype=states.dtype)
+    for i, r in enumerate(rows):
+        if r['row'] is not None:
+            out[i, :len(r['input_ids'])] = states[r['row']]
+    return out
+
 # %% ../nbs/07_trainer.ipynb #07-027
 class StepCollator:
     "Packed rows to a batch of the trainer: tensors for the device, and what only Python needs as lists."
@@ -176,16 +191,8 @@ class StepCollator:
         batch['document_lengths'] = [list(r['seq_lengths']) for r in rows]
         batch['n_tokens'] = sum(len(r['input_ids']) for r in rows if r.get('row', 0) is not None)
         if self.states is not None:
-            batch['kept_states'] = self.kept(rows, batch.pop('input_ids').shape[1])
+            batch['kept_states'] = padded_states(self.states, rows, batch.pop('input_ids').shape[1])
         return batch | where_to_predict(batch['labels'])
-
-    def kept(self, rows, width):
-        "The kept states of some rows, padded with zeros to a common width."
-        out = torch.zeros(len(rows), width, self.states.hidden, dtype=self.states.dtype)
-        for i, r in enumerate(rows):
-            if r['row'] is not None:
-                out[i, :len(r['input_ids'])] = self.states[r['row']]
-        return out
 
 # %% ../nbs/07_trainer.ipynb #07-028
 def on_device(
@@ -209,15 +216,14 @@ def token_losses(
     loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction='none')
     return loss.view_as(targets), targets != -100, response
 
-# %% ../nbs/07_trainer.ipynb #07-037
-class PackedLoss(nn.Module):
-    "What is trained, as one module from batch to loss, so that wrappers (DDP, FSDP) see every parameter's use."
+# %% ../nbs/07_trainer.ipynb #b80fa80a
+class ForTrainer(nn.Module):
+    "A model as a trainer takes it: with a config, a device, and the second loss of a mixture of experts."
     def __init__(self,
         tail:Tail,  # the trained layers and the head
-        head=None,  # function (hidden, weight, targets, scale) -> loss that computes head and loss in one go
     ):
         super().__init__()
-        self.tail, self.head, self.config = tail, head, tail.config
+        self.tail, self.config = tail, tail.config
         # read before TRL, which has its own opinion on it, writes to the config
         text = tail.config.get_text_config()
         self.router_loss = bool(getattr(text, 'output_router_logits', False))
@@ -231,6 +237,33 @@ class PackedLoss(nn.Module):
     def add_model_tags(self, tags):
         "TRL tags the models that it trains; the tags would go into a model card that we write ourselves."
 
+    def router_part(self, out, n_labels, micro_batches):
+        "What the second loss of a micro-batch adds to the loss of the step."
+        weight = self.router_weight if n_labels else 0.  # an empty micro-batch only fills a process's turn
+        return weight*out.aux_loss/micro_batches  # a mean over the micro-batch, as transformers computes it
+
+# %% ../nbs/07_trainer.ipynb #11383d33
+def labelled_hidden(
+    tail:Tail,  # the trained layers and the head
+    feed:dict,  # what `tail` takes of a batch
+    predict,  # positions in the batch, see `where_to_predict`
+):  # (labels, hidden)
+    "What the head receives for each labelled token."
+    hidden = tail.hidden(**feed).flatten(0, 1)[predict]
+    if tail.bf16:  # an embedding that trains is fp32, and so is all that is added to it
+        hidden = hidden.to(torch.bfloat16)
+    return hidden
+
+# %% ../nbs/07_trainer.ipynb #07-037
+class PackedLoss(ForTrainer):
+    "What is trained, as one module from batch to loss, so that wrappers (DDP, FSDP) see every parameter's use."
+    def __init__(self,
+        tail:Tail,  # the trained layers and the head
+        head=None,  # function (hidden, weight, targets, scale) -> loss that computes head and loss in one go
+    ):
+        super().__init__(tail)
+        self.head = head
+
     def forward(self, position_ids, labels, response, predict, columns, picked, document_lengths,
                 input_ids=None, kept_states=None, n_tokens=None, divisor=None, micro_batches=1, each_token=False):
         "The loss: its sum over `divisor` (by default the labels of the batch); or the loss of each labelled token."
@@ -238,23 +271,15 @@ class PackedLoss(nn.Module):
                     kept_states=kept_states)
         targets = labels.flatten()[predict + 1]
         divisor = max(1, len(predict)) if divisor is None else divisor
-        if self.head is not None and not each_token:
-            hidden = self.tail.hidden(**feed).flatten(0, 1)[predict]
-            if self.tail.bf16:  # an embedding that trains is fp32, and so is all that is added to it
-                hidden = hidden.to(torch.bfloat16)
-            # self.head is a function, self.tail.head the layer whose weight it takes
-            return self.head(hidden, self.tail.head.weight, targets, 1/divisor)
+        if self.head is not None and not each_token:  # a function; self.tail.head is the layer whose weight it takes
+            return self.head(labelled_hidden(self.tail, feed, predict), self.tail.head.weight, targets, 1/divisor)
         more = dict(output_router_logits=True) if self.router_loss and not each_token else {}
         out = self.tail(**feed, logits_to_keep=columns, **more)
-        logits = out.logits.flatten(0, 1)[picked]
-        losses = cross_entropy(logits.float(), targets, reduction='none')
+        losses = cross_entropy(out.logits.flatten(0, 1)[picked].float(), targets, reduction='none')
         if each_token:
             return losses
         loss = losses.sum()/divisor
-        if self.router_loss:  # a mean over the micro-batch, as transformers computes it
-            weight = self.router_weight if len(predict) else 0.  # an empty micro-batch only fills a process's turn
-            loss = loss + weight*out.aux_loss/micro_batches
-        return loss
+        return loss + self.router_part(out, len(predict), micro_batches) if self.router_loss else loss
 
 # %% ../nbs/07_trainer.ipynb #07-048
 def row_sums(
@@ -268,11 +293,44 @@ def row_sums(
     row = batch['predict']//batch['labels'].shape[1]
     return torch.zeros(len(batch['labels']), 4, dtype=torch.float64).index_add_(0, row, columns)
 
-# %% ../nbs/07_trainer.ipynb #07-052
-class PackedSFTTrainer(SFTTrainer):
-    "TRL's SFTTrainer on packed rows: token-weighted loss and evaluation, an order by seed and step, an honest count."
-    # What TRL does otherwise: its collator flattens a packed batch to one long row, its evaluation is a mean of
-    # batch means, and the rows of a step depend on how many epochs a sampler has seen.
+# %% ../nbs/07_trainer.ipynb #b76ff1b0
+def mean_losses(
+    each:list,  # of each process: what `row_sums` found for its batches, which it had in turn
+)->tuple:  # (loss over all tokens, loss over response tokens; None if there are none)
+    "Losses weighted by tokens: the same for any batch size and packing."
+    in_order = []
+    for batches in zip(*each):
+        in_order += batches
+    loss, n, response_loss, n_response = torch.cat(in_order).sum(0).tolist()
+    return loss/n, response_loss/n_response if n_response else None
+
+# %% ../nbs/07_trainer.ipynb #d7c969aa
+def row_loader(
+    rows,  # packed rows
+    batches,  # lists of row numbers, one for each batch
+    collate:StepCollator,  # makes a batch of rows
+    pin:bool,  # put batches where a GPU can fetch them
+)->DataLoader:
+    "Rows by these batches; the loader draws a number, from a generator of its own."
+    return DataLoader(rows, batch_sampler=batches, collate_fn=collate, generator=torch.Generator(), pin_memory=pin)
+
+# %% ../nbs/07_trainer.ipynb #015f424c
+def train_loader(
+    rows,  # packed training rows
+    cfg:RunConfig,  # batch_size, micro_batch_size, seed
+    steps:int,  # of the whole run
+    start:int,  # steps that were done before
+    collate:StepCollator,  # makes a batch of rows
+    pin:bool,  # see `row_loader`
+)->DataLoader:  # of the micro-batches that are this process's
+    "The micro-batches of a run from a step on; kept states are read a step ahead."
+    ahead = None if collate.states is None else collate.states.read_ahead
+    order = MicroBatches(len(rows), cfg, steps, start, ahead, rank(), processes())
+    return row_loader(rows, order, collate, pin)
+
+# %% ../nbs/07_trainer.ipynb #e9b85354
+class OrderedTrainer(SFTTrainer):
+    "TRL's SFTTrainer on packed rows, in an order by seed and step; a resumed run begins at its step."
     def __init__(self,
         model:PackedLoss,  # what is trained
         cfg:RunConfig,  # the run's options
@@ -283,10 +341,8 @@ class PackedSFTTrainer(SFTTrainer):
     ):
         pad_id = kw['processing_class'].pad_token_id
         self.cfg, self.start, self.stream = cfg, start, stream
-        self.collate_all = StepCollator(pad_id, 'all', states)
         super().__init__(model, data_collator=StepCollator(pad_id, cfg.loss_on, states), **kw)
         self.model_accepts_loss_kwargs = True  # count the step's labels and hand them to compute_loss
-        self.tokens, self.step_tokens, self.step_loss, self.started, self.turn = 0, 0, None, None, 0
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         "The trainer's schedule; its state is new by now, and nothing is counted yet, so a resumed run sets its step."
@@ -295,30 +351,65 @@ class PackedSFTTrainer(SFTTrainer):
         return scheduler
 
     def get_train_dataloader(self):
-        "Micro-batches from the first step of this run on; the loader draws a number, from a generator of its own."
+        "Micro-batches from the first step of this run on."
+        how = self.args.max_steps, self.start, self.data_collator, self.args.device.type == 'cuda'
         if self.stream is not None:
-            pin = self.args.device.type == 'cuda'
-            return self.stream.loader(self.args.max_steps, self.start, self.data_collator, pin)
-        states = self.data_collator.states
-        ahead = None if states is None else states.read_ahead
-        order = MicroBatches(len(self.train_dataset), self.cfg, self.args.max_steps, self.start, ahead, rank(),
-                             processes())
-        return DataLoader(self.train_dataset, batch_sampler=order, collate_fn=self.data_collator,
-                          generator=torch.Generator(), pin_memory=self.args.device.type == 'cuda')
+            return self.stream.loader(*how)
+        return train_loader(self.train_dataset, self.cfg, *how)
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        "Rows in their order, with a label on every token; of several processes, each has every so many batches."
-        rows, size = self.eval_dataset if eval_dataset is None else eval_dataset, self.cfg.micro_batch_size
-        numbers = list(range(len(rows)))
-        batches = [numbers[i:i + size] for i in range(0, len(rows), size)]
-        return DataLoader(rows, batch_sampler=taken_in_turn(batches, rank(), processes()), collate_fn=self.collate_all,
-                          generator=torch.Generator(), pin_memory=self.args.device.type == 'cuda')
-
+# %% ../nbs/07_trainer.ipynb #fc5220e8
+class TokenMeanTrainer(OrderedTrainer):
+    "The loss of a step and of an evaluation as means over tokens, where TRL's evaluation is a mean of batch means."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Sum of the micro-batch's token losses over the labels of the whole step."
         all_of_them = self.cfg.batch_size//self.cfg.micro_batch_size
         loss = model(**inputs, divisor=num_items_in_batch, micro_batches=all_of_them)
         return loss*processes() if processes() > 1 else loss  # DDP takes the mean over processes
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        "Rows in their order, with a label on every token; of several processes, each has every so many batches."
+        rows, pin = self.eval_dataset if eval_dataset is None else eval_dataset, self.args.device.type == 'cuda'
+        batches = list(BatchSampler(range(len(rows)), self.cfg.micro_batch_size, drop_last=False))
+        collate = StepCollator(self.data_collator.collate.pad_id, 'all', self.data_collator.states)
+        return row_loader(rows, taken_in_turn(batches, rank(), processes()), collate, pin)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
+        "Loss over all tokens and over response tokens, weighted by tokens: the same for any batch size and packing."
+        sums = []
+        with evaluating(self.model):
+            for batch in self.get_eval_dataloader(eval_dataset):
+                losses = self.model(**on_device(batch, self.args.device), each_token=True)
+                sums.append(row_sums(losses, batch))
+        loss, on_responses = mean_losses(everyone(sums))
+        metrics = {f'{metric_key_prefix}_loss': loss, f'{metric_key_prefix}_response_loss': on_responses}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+# %% ../nbs/07_trainer.ipynb #955db477
+def draw_anew(
+    seed:int,  # of the run
+    step:int,  # counted from 0
+    number:int,  # of the micro-batch in the step, over all processes
+)->None:
+    "What is random in a micro-batch depends on its number in the run, and not on the process that has it."
+    torch.manual_seed(hash((seed, step, number)) % 2**63)
+
+# %% ../nbs/07_trainer.ipynb #5c9d2981
+def add_up(
+    loss:torch.Tensor,  # of a step, as this process has it
+    n_tokens:int,  # that this process had in the step
+)->tuple:  # (loss, tokens) of all processes
+    "The step's loss and tokens over all processes."
+    counted = torch.full_like(loss, n_tokens, dtype=torch.float64)
+    loss, counted = added(torch.stack([loss.double()/processes(), counted]))
+    return loss.float(), int(counted)
+
+# %% ../nbs/07_trainer.ipynb #07-052
+class PackedSFTTrainer(TokenMeanTrainer):
+    "TRL's SFTTrainer on packed rows: token-weighted loss and evaluation, an order by seed and step, an honest count."
+    tokens = 0  # of the whole run
+    step_tokens, step_loss, started, turn = 0, None, None, 0  # of the step that is being taken
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         "Count tokens and time, and let the trainer do the rest."
@@ -326,24 +417,13 @@ class PackedSFTTrainer(SFTTrainer):
             self.started, self.step_tokens, self.step_loss, self.turn = time.perf_counter(), 0, 0., 0
         self.step_tokens += inputs.pop('n_tokens')
         if processes() > 1:
-            self.draw_anew()
+            draw_anew(self.cfg.seed, self.state.global_step, self.turn*processes() + rank())
+            self.turn += 1
         loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
         self.step_loss = self.step_loss + loss
         if processes() > 1 and self.accelerator.sync_gradients:
-            self.add_up()
+            self.step_loss, self.step_tokens = add_up(self.step_loss, self.step_tokens)
         return loss
-
-    def draw_anew(self):
-        "What is random in a micro-batch depends on its number in the run, and not on the process that has it."
-        number = self.turn*processes() + rank()
-        self.turn += 1
-        torch.manual_seed(hash((self.cfg.seed, self.state.global_step, number)) % 2**63)
-
-    def add_up(self):
-        "The step's loss and tokens over all processes."
-        tokens = torch.full_like(self.step_loss, self.step_tokens, dtype=torch.float64)
-        loss, tokens = added(torch.stack([self.step_loss.double()/processes(), tokens]))
-        self.step_loss, self.step_tokens = loss.float(), int(tokens)
 
     def log(self, logs, start_time=None):
         "Add the tokens seen and their speed to a training step's line."
@@ -353,23 +433,6 @@ class PackedSFTTrainer(SFTTrainer):
             logs.update(tokens=self.tokens, tokens_per_second=round(self.step_tokens/seconds, 1))
             self.started = None
         super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
-        "Loss over all tokens and over response tokens, weighted by tokens: the same for any batch size and packing."
-        rows = []
-        with evaluating(self.model):
-            for batch in self.get_eval_dataloader(eval_dataset):
-                losses = self.model(**on_device(batch, self.args.device), each_token=True)
-                rows.append(row_sums(losses, batch))
-        in_order = []
-        for batches in zip(*everyone(rows)):  # the processes had the batches in turn
-            in_order += batches
-        loss, n, response_loss, n_response = torch.cat(in_order).sum(0).tolist()
-        metrics = {f'{metric_key_prefix}_loss': loss/n,
-                   f'{metric_key_prefix}_response_loss': response_loss/n_response if n_response else None}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
 # %% ../nbs/07_trainer.ipynb #07-054
 class LastEvaluation(TrainerCallback):
@@ -411,6 +474,23 @@ def for_several(
     if wants('ACCELERATE_USE_FSDP'):
         shard_by_layer(trainer)
 
+# %% ../nbs/07_trainer.ipynb #d08c392e
+def fsdp_on_cpu()->None:
+    "Let accelerate take FSDP on a machine that has nothing but its processor, if the launcher asks for it."
+    if wants('ACCELERATE_USE_FSDP') and alone_on_cpu():  # accelerate keeps it for other devices, PyTorch does not
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+
+# %% ../nbs/07_trainer.ipynb #3a575176
+def module_to_train(
+    model,  # after `freeze`; or a PackedLoss made of it
+    cfg:RunConfig,  # activation_checkpointing
+)->PackedLoss:
+    "A model as the module that is trained, with activations recomputed if the run asks for it."
+    loss = model if isinstance(model, PackedLoss) else PackedLoss(Tail(model))
+    if cfg.activation_checkpointing:
+        checkpoint_trained(loss.tail.model)
+    return loss
+
 # %% ../nbs/07_trainer.ipynb #07-055
 def make_trainer(
     cfg:RunConfig,  # the run's options
@@ -426,13 +506,10 @@ def make_trainer(
     stream=None,  # PackedStream, in the place of the training rows
 )->PackedSFTTrainer:  # ready to train
     "TRL's SFTTrainer on packed rows and a frozen model."
-    loss = model if isinstance(model, PackedLoss) else PackedLoss(Tail(model))
-    if cfg.activation_checkpointing:
-        checkpoint_trained(loss.tail.model)
+    loss = module_to_train(model, cfg)
     n_rows = len(train) if stream is None else stream.n_rows
     args = sft_config(cfg, n_rows, out, report_to, resumed=start > 0)
-    if wants('ACCELERATE_USE_FSDP') and alone_on_cpu():  # accelerate keeps it for other devices, PyTorch does not
-        PartialState().distributed_type = DistributedType.MULTI_GPU
+    fsdp_on_cpu()
     trainer = PackedSFTTrainer(loss, cfg, states, start, stream, args=args, train_dataset=train,
                                eval_dataset=test, processing_class=tokenizer,
                                callbacks=[LastEvaluation(), *callbacks])
@@ -445,6 +522,35 @@ def make_trainer(
 class Diverged(RuntimeError):
     "The loss or its gradient is NaN or infinite: the run stops before the weights are touched."
     exit_code = 3
+
+# %% ../nbs/07_trainer.ipynb #07fa562e
+def why_stop(
+    loss:float,  # of the step
+    norm:float,  # of its gradients
+    past:list,  # losses of the steps before that the running mean is taken of
+    spike:float=None,  # stop at a loss so many times this mean; None: never
+)->str|None:  # None: the step can be taken
+    "What is wrong with a step, in words."
+    mean = sum(past)/max(1, len(past))
+    if not math.isfinite(loss):
+        return f'the loss is {loss}; the step was not taken. Try a lower --lr'
+    if not math.isfinite(norm):  # gradients were clipped before this: an infinite one is NaN by now
+        return f'the gradient norm is {norm}; the step was not taken. Try a lower --lr'
+    if spike and len(past) >= 5 and loss > spike*mean:
+        return (f'the loss is {loss:.4g}, more than {spike:g} times its running mean of {mean:.4g}; '
+                'the step was not taken')
+    return None
+
+# %% ../nbs/07_trainer.ipynb #603fb479
+def rows_in_words(
+    trainer:PackedSFTTrainer,  # of the run
+    step:int,  # counted from 0
+)->str:
+    "The rows of a step, as a message names them."
+    if trainer.stream is not None:
+        return trainer.stream.where(step)
+    rows = rows_of_step(step, len(trainer.train_dataset), trainer.cfg.batch_size, trainer.cfg.seed)
+    return f'packed rows {", ".join(map(str, rows))}'
 
 # %% ../nbs/07_trainer.ipynb #07-076
 class StopAtNaN(TrainerCallback):
@@ -460,28 +566,11 @@ class StopAtNaN(TrainerCallback):
         gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
         norm = gathered(nn.utils.get_total_norm(gradients))
         loss, norm = torch.stack([self.trainer.step_loss.float(), norm.float()]).tolist()
-        why, past = None, self.past[-20:]
-        mean = sum(past)/max(1, len(past))
-        if not math.isfinite(loss):
-            why = f'the loss is {loss}; the step was not taken. Try a lower --lr'
-        elif not math.isfinite(norm):  # gradients were clipped before this: an infinite one is NaN by now
-            why = f'the gradient norm is {norm}; the step was not taken. Try a lower --lr'
-        elif self.spike and len(past) >= 5 and loss > self.spike*mean:
-            why = f'the loss is {loss:.4g}, more than {self.spike:g} times its running mean of {mean:.4g}; ' \
-                  'the step was not taken'
+        why = why_stop(loss, norm, self.past[-20:], self.spike)
         if why:
-            self.stop(state.global_step, why)
+            rows = rows_in_words(self.trainer, state.global_step)
+            raise shared(Diverged(f'step {state.global_step + 1}: {why}. The batch: {rows}{self.advice()}'))
         self.past.append(loss)
-
-    def stop(self, step, why):
-        "Name the step and its rows."
-        cfg, stream = self.trainer.cfg, self.trainer.stream
-        if stream is None:
-            rows = rows_of_step(step, len(self.trainer.train_dataset), cfg.batch_size, cfg.seed)
-            batch = f'packed rows {", ".join(map(str, rows))}'
-        else:
-            batch = stream.where(step)
-        raise shared(Diverged(f'step {step + 1}: {why}. The batch: {batch}{self.advice()}'))
 
     def advice(self):
         "The end of a message: which checkpoint is good."
@@ -491,6 +580,20 @@ class StopAtNaN(TrainerCallback):
         if metrics and not math.isfinite(metrics['eval_loss']):
             raise shared(Diverged(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}. "
                                   f'Try a lower --lr{self.advice()}'))
+
+# %% ../nbs/07_trainer.ipynb #7f0dc440
+def let_train(
+    layers:list,  # the weights of each, see `layer_weights`
+    numbers:list,  # of the layers that train
+    optimizer,  # forgets what it keeps of the others
+)->None:
+    "Let some layers train and all others rest."
+    for i, weights in enumerate(layers):
+        for p in weights:
+            p.requires_grad_(i in numbers)
+            if i not in numbers:
+                p.grad = None
+                optimizer.state.pop(p, None)
 
 # %% ../nbs/07_trainer.ipynb #07-li2
 class Rotate(TrainerCallback):
@@ -504,55 +607,43 @@ class Rotate(TrainerCallback):
         self.every = cfg.rotate_every or math.ceil(steps/10)
         self.layers = layer_weights(trainer.model.tail.model)
 
-    def let_train(self, numbers):
-        "Let these layers train and all others rest."
-        for i, weights in enumerate(self.layers):
-            for p in weights:
-                p.requires_grad_(i in numbers)
-                if i not in numbers:
-                    p.grad = None
-                    self.trainer.optimizer.state.pop(p, None)
-
     def on_step_begin(self, args, state, control, **kw):
         period = state.global_step//self.every
         if period != self.period:
             self.period = period
-            self.let_train(drawn(period, len(self.layers), self.cfg.rotate, self.cfg.seed))
+            numbers = drawn(period, len(self.layers), self.cfg.rotate, self.cfg.seed)
+            let_train(self.layers, numbers, self.trainer.optimizer)
 
     def on_train_end(self, args, state, control, **kw):
         for weights in self.layers:
             for p in weights:
                 p.requires_grad_(True)
 
-# %% ../nbs/07_trainer.ipynb #07-084
-class Metrics(TrainerCallback):
-    "Append each logged step to metrics.jsonl, and show a plain progress bar."
-    def __init__(self,
-        path,  # metrics.jsonl
-        steps_per_epoch:int,  # to say how many epochs have passed
-        stream=None,  # PackedStream, which says it itself
-    ):
-        self.path, self.steps_per_epoch, self.stream, self.bar = path, steps_per_epoch, stream, None
+# %% ../nbs/07_trainer.ipynb #3890df21
+def evaluation_line(
+    step:int,  # that it comes after
+    logs:dict,  # what `evaluate` found
+)->str:
+    "The held-out losses in one line."
+    response = logs['eval_response_loss']
+    on_responses = '' if response is None else f', on responses {response:.4f}'
+    return f"step {step}: held-out loss {logs['eval_loss']:.4f}{on_responses}"
+
+# %% ../nbs/07_trainer.ipynb #12c5c9f7
+class StepBar(TrainerCallback):
+    "A plain progress bar, and a line for each evaluation; of several processes, the first one shows them."
+    bar = None  # there is one once the run has begun
 
     def on_train_begin(self, args, state, control, **kw):
         if is_first():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit='step', dynamic_ncols=True)
 
     def on_log(self, args, state, control, logs=None, **kw):
-        if not state.is_world_process_zero or 'train_runtime' in logs:
-            return
-        step = state.global_step  # the trainer takes the whole run for one epoch
-        epoch = step/self.steps_per_epoch if self.stream is None else self.stream.part(step)
-        logs['epoch'] = round(epoch, 4)
-        append_jsonl(self.path, [{'step': state.global_step} | logs])
         if 'loss' in logs and self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", tok_s=f"{logs['tokens_per_second']:.0f}")
-        if 'eval_loss' in logs:
-            response = logs['eval_response_loss']
-            on_responses = '' if response is None else f', on responses {response:.4f}'
-            line = f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}{on_responses}"
-            tqdm.write(line, file=self.bar.fp if self.bar is not None else None)
+        if 'eval_loss' in logs and state.is_world_process_zero:
+            tqdm.write(evaluation_line(state.global_step, logs), file=self.bar.fp if self.bar is not None else None)
 
     def on_train_end(self, args, state, control, **kw):
         self.close()
@@ -561,6 +652,25 @@ class Metrics(TrainerCallback):
         "End the bar; once more does no harm."
         if self.bar is not None:
             self.bar.close()
+
+# %% ../nbs/07_trainer.ipynb #07-084
+class Metrics(StepBar):
+    "Append each logged step to metrics.jsonl, and show a plain progress bar."
+    def __init__(self,
+        path,  # metrics.jsonl
+        steps_per_epoch:int,  # to say how many epochs have passed
+        stream=None,  # PackedStream, which says it itself
+    ):
+        self.path, self.steps_per_epoch, self.stream = path, steps_per_epoch, stream
+
+    def on_log(self, args, state, control, logs=None, **kw):
+        if not state.is_world_process_zero or 'train_runtime' in logs:
+            return
+        step = state.global_step  # the trainer takes the whole run for one epoch
+        epoch = step/self.steps_per_epoch if self.stream is None else self.stream.part(step)
+        logs['epoch'] = round(epoch, 4)
+        append_jsonl(self.path, [{'step': step} | logs])
+        super().on_log(args, state, control, logs, **kw)
 
 # %% ../nbs/07_trainer.ipynb #07-103
 def quiet()->None:
