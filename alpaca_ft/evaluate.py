@@ -9,8 +9,9 @@ __all__ = ['INSTEAD', 'NEUTRAL', 'LEAST', 'FEW', 'MEASURES', 'INTERVALS', 'JUDGE
            'values_of', 'statistic', 'compare_measure', 'compare', 'shown', 'comparison_lines', 'noise', 'spread_lines',
            'ask_judge', 'ask_once', 'judge', 'local_files', 'read_task', 'check_tasks', 'run_tasks', 'evaluation_page',
            'side_by_side', 'judge_pairs', 'who', 'trained_on', 'trained_lines', 'common_rows', 'write_results',
-           'both_cut', 'notes', 'summary', 'write_each', 'judge_line', 'check_judge', 'heads', 'leave', 'check_models',
-           'check_places', 'measure_each', 'evaluate', 'NoRedirect', 'host_of', 'judge_headers']
+           'both_cut', 'notes', 'summary', 'write_each', 'judge_line', 'check_judge', 'heads', 'how_measured', 'leave',
+           'check_models', 'check_places', 'places', 'measure_each', 'as_text', 'evaluate', 'NoRedirect', 'host_of',
+           'judge_headers']
 
 # %% ../nbs/08_evaluate.ipynb #08-003
 import hashlib
@@ -31,6 +32,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
+# %% ../nbs/08_evaluate.ipynb #1a933744
 import numpy as np
 import torch
 
@@ -102,6 +104,7 @@ def reworded():
             said = re.sub(words, others, said)
         raise Refused(said) from None
 
+# %% ../nbs/08_evaluate.ipynb #fde4035c
 def held_out(
     config:dict,  # the run's config, or {}
     data:str=None,  # other rows: what `load_alpaca` takes; its test split if it has one
@@ -714,6 +717,7 @@ def trained_on(
             return shared_rows(ds['train'], rows)
     return None
 
+# %% ../nbs/08_evaluate.ipynb #bce76016
 def trained_lines(
     trained:dict,  # run: see `trained_on`
 )->list:  # lines of text; none if no run was trained on any of the rows
@@ -775,6 +779,7 @@ def both_cut(
         n += not any(answer['stopped'] for answer in answers)
     return n
 
+# %% ../nbs/08_evaluate.ipynb #b69af2a0
 def notes(
     each:dict,  # see `summary`
     other:str,  # name of the model that the runs are compared with, or None
@@ -868,6 +873,18 @@ def heads(
     trained = all(config.get('model') == other for config in configs)
     return ('before', 'after') if trained else ('against', 'model')
 
+# %% ../nbs/08_evaluate.ipynb #8a5b5e75
+def how_measured(
+    configs:list,  # of the runs
+    other:str,  # name of the model that they are compared with, or None
+    max_new_tokens:int,  # see `evaluate`
+    data:str,  # see `evaluate`
+    trained:dict,  # run: see `trained_on`
+)->dict:  # heads (of the two columns), max_new_tokens, data, held_out (or given), trained_on
+    "How an evaluation was made, for `summary` and for evaluation.json."
+    return dict(heads=heads(configs, other), max_new_tokens=max_new_tokens, data=data or configs[0].get('data'),
+                held_out=not data, trained_on=trained)
+
 # %% ../nbs/08_evaluate.ipynb #08-083-p3-s1-p1
 def leave(
     folder:Path,  # for the results
@@ -912,6 +929,7 @@ def check_models(
             raise Refused(f'{name}, asked in the template of {next(iter(models))}: {e}') from None
         load_model(model, device_map='meta', trust_remote_code=trust_remote_code)  # its files, without the numbers
 
+# %% ../nbs/08_evaluate.ipynb #88680989
 def check_places(
     folders:list,  # that will be written to
 )->None:
@@ -924,6 +942,18 @@ def check_places(
         except OSError as e:
             raise Refused(f'{folder}: cannot be written to ({e.strerror}); make it writable, '
                           'or give another --to') from None
+
+# %% ../nbs/08_evaluate.ipynb #3d20ee81
+def places(
+    runs:list,  # names
+    configs:list,  # of the runs
+    to=None,  # see `evaluate`
+)->tuple:  # (folder of the evaluation, run folders that get one of their own)
+    "Where results will be written; raises `Refused` if one of these folders cannot be written to."
+    folder = Path(to or (runs[0] if len(runs) == 1 and configs[0] else 'evaluation'))
+    own = [run for run, config in zip(runs, configs) if config] if len(runs) > 1 else []
+    check_places([folder, *own])
+    return folder, own
 
 # %% ../nbs/08_evaluate.ipynb #08-083-p3-s1
 def measure_each(
@@ -943,6 +973,17 @@ def measure_each(
         each[name] = measure(model, rows, seq_len, n_samples, max_new_tokens, trust_remote_code, tasks, like)
     return each
 
+# %% ../nbs/08_evaluate.ipynb #bf7bee15
+def as_text(
+    runs,  # see `evaluate`
+    against,  # see `evaluate`
+    data,  # see `evaluate`
+)->tuple:  # (list of runs, against, data)
+    "What was given as text, each run once."
+    runs = [str(runs)] if isinstance(runs, (str, Path)) else map(str, runs)
+    against, data = (given if given is None else str(given) for given in (against, data))
+    return list(dict.fromkeys(runs)), against, data
+
 # %% ../nbs/08_evaluate.ipynb #08-083
 def evaluate(
     runs,  # a run folder, a model folder, `demo` or a hub id; or a list of them
@@ -957,19 +998,15 @@ def evaluate(
     trust_remote_code:bool=False,  # run Python code that comes with a model
 )->str:  # the comparison as text
     "Measure a run before and after training, or several, and leave the answers side by side."
-    runs = list(dict.fromkeys([str(runs)] if isinstance(runs, (str, Path)) else map(str, runs)))
-    against, data = (given if given is None else str(given) for given in (against, data))
+    runs, against, data = as_text(runs, against, data)
     models, configs, other = who(runs, against)
     check_judge(judge_url, runs, other, n_samples)
     todo, (rows, trained) = check_tasks(tasks or []), common_rows(runs, configs, data, trust_remote_code)
-    folder = Path(to or (runs[0] if len(runs) == 1 and configs[0] else 'evaluation'))
-    own = [run for run, config in zip(runs, configs) if config] if len(runs) > 1 else []
-    check_places([folder, *own])
+    folder, own = places(runs, configs, to)
     for line in trained_lines(trained):
         print(line, file=sys.stderr)
     each = measure_each(models, configs, rows, n_samples, max_new_tokens, trust_remote_code, todo)
-    about = dict(heads=heads(configs, other), max_new_tokens=max_new_tokens, data=data or configs[0].get('data'),
-                 held_out=not data, trained_on=trained)
+    about = how_measured(configs, other, max_new_tokens, data, trained)
     said = leave(folder, each, other, about, rows, judge_url, judge_model)
     write_each(each, other, about, rows, own)
     return '\n'.join([*said, f'side by side in {folder}/evaluation.html'])
