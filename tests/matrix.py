@@ -55,7 +55,8 @@ SCALE = 5  # the random weights are made so much larger, because a flat model wo
 # does, the oracle itself shows, in fp32 and in bf16: where twice that is more than the bound here, it is the bound
 # (`allowed`). ReLU's gradient jumps where its input is 0: in one of ten steps OPT's norm was 3e-4 off in fp32 while all
 # losses agreed to 3e-7, and with GELU in its place 2e-7. The norm of the trained weights is 4e-5 off with a weight
-# decay of 0.01: fp32 finds that. In bf16 rounding alone moved it by up to 5e-5, so there it finds only what is larger.
+# decay of 0.01: fp32 finds that. In bf16 rounding alone moved it by up to 5e-5 (with experts on a processor with AMX,
+# 1.2e-4, where the oracle's own rounding is 0.9e-4), so there it finds only what is larger.
 LOSS = dict(fp32=1.5e-6, bf16=0.0015, experts=0.005)
 NORM = dict(fp32=1e-5, bf16=0.02, experts=0.05, relu=1e-3)  # of the gradient's norm
 SIZE = dict(fp32=1e-6, bf16=1e-4, experts=1e-4)  # of the trained weights' norm
@@ -587,7 +588,7 @@ def try_cell(folder, cell):
     if text is not None:
         return 'FAILED', f'ended, but a refusal was promised: {text}'
     right, exact = oracle(folder, cell), oracle(folder, dataclasses.replace(cell, dtype='fp32'))
-    problems = compare_losses(right, exact, cell) + compare_models(folder, right, cell, run)
+    problems = compare_losses(right, exact, cell) + compare_models(folder, right, exact, cell, run)
     return ('FAILED', '; '.join(problems)) if problems else ('ended', '')
 
 
@@ -655,7 +656,7 @@ def some(names):
     return ', '.join(names[:3]) + f' and {len(names) - 3} more'*(len(names) > 3)
 
 
-def compare_models(folder, right, cell, run):
+def compare_models(folder, right, exact, cell, run):
     "The run's model in memory and on the disk against the model that it began with: lines about what is wrong."
     from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
     began = from_pretrained(folder/'models'/cell.family/'new', dtype=torch.float32)
@@ -683,8 +684,9 @@ def compare_models(folder, right, cell, run):
         wrong(f'frozen, but changed {where}', frozen - same)
     wrong('trained, but did not move', {k for k in trained & set(right['moved']) if torch.equal(saved[k], began[k])})
     difference, _ = furthest([size(p for p in run.model.parameters() if p.requires_grad)], [right['size']])
-    print(f'size: differs by {difference:.2g}')
-    if not difference <= SIZE[precision(cell)]:
+    limit = allowed(SIZE[precision(cell)], [right['size']], [exact['size']])
+    print(f'size: differs by {difference:.2g}, at most {limit:.2g}')
+    if not difference <= limit:
         problems.append(f'the norm of the trained weights differs by {difference:.2g} of it')
     wrong('trained, but not in RUN/model as in memory', {k for k in trained if not torch.equal(saved[k], memory[k])})
     for name, p in saved_model.named_parameters():
