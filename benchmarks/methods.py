@@ -13,6 +13,7 @@ usage: methods.py --out RESULT.json [--rows demo FILE ...] [--minutes 60]   (sto
 3. Seeds: the best rate with all of the seconds, three seeds, measured on test rows.
 4. Memory: arms that need more than the default get recomputed activations.
 5. Time to quality: this package's arms that came first, at parts of the seconds, three seeds; it waits for all of them.
+   Short runs want a higher rate, so it is the best one of the sweep, whose runs are as short.
 The jobs after the timing share the kept states of a folder: what they would cost is in the seconds by the timing.
 Seconds and memory are those of the machine that timed; the losses may come from a faster one, a GPU for instance: there
 the same command goes on with the file of the other machine, as many steps as had fit into the seconds there.
@@ -41,7 +42,7 @@ DEMO_TRAIN = 300  # of the demo's rows, which are shorter: as many tokens
 RATES = dict(freeze=(5e-5, 1.5e-4, 5e-4), lora=(3e-4, 1e-3, 3e-3), full=(2e-5, 6e-5, 2e-4))
 STEP = 3.  # between neighbouring rates; a best rate at the edge is followed by one more
 PART_OF_SWEEP = 1/3  # of the seconds
-PARTS = (1/4, 1/3)  # of the seconds, for the time to quality
+PARTS = (1/3, 1/2, 1/4)  # of the seconds, for the time to quality
 EPOCHS = 3  # at most, however many would fit into the seconds
 PEER = 'TRL, LoRA on all layers'  # its epoch sets the seconds, its loss the quality
 DEFAULT = 'last 6 and head'  # its peak memory is the limit of the second table
@@ -469,7 +470,7 @@ class Bench:
 
     def time_to_quality(self, arm, name, source, seconds, n_packed):
         "One of the arms that came first, at parts of the seconds."
-        lr, jobs = self.result['arms'][arm]['lr'][name], {}
+        lr, jobs = short_rate(self.result, name, arm), {}
         for part in PARTS:
             steps = self.steps_in(arm, seconds*part, n_packed)
             for seed in range(1, self.args.seeds + 1):
@@ -522,6 +523,15 @@ def at_best(result, kind, name, arm):
     "How the names of an arm's jobs begin, those at its best rate."
     lr = result['arms'][arm].get('lr', {}).get(name, math.nan)
     return f'{kind}/{name}/{arm}/{lr:.2g}/'
+
+
+def short_rate(result, name, arm):
+    "The best rate of the short runs, by the loss of validation rows."
+    found = {}
+    for key, out in result['jobs'].items():
+        if key.startswith(f'sweep/{name}/{arm}/') and 'failed' not in out:
+            found[mean(out['validation'])] = float(key.split('/')[-1])
+    return found[min(found)] if found else math.nan
 
 
 def chosen(result, prefix):
@@ -613,8 +623,9 @@ def show_quality(result, name):
     print(f'\ntime to quality: {PEER}, one epoch, {seconds:.0f} s: {target:.3f}')
     for arm in result['arms']:
         cells = []
-        for part in PARTS:
-            loss = mean_of(result, at_best(result, 'quality', name, arm) + f'{part:.2f}/')
+        for part in sorted(PARTS):
+            prefix = f'quality/{name}/{arm}/{short_rate(result, name, arm):.2g}/{part:.2f}/'
+            loss = mean_of(result, prefix)
             if loss < math.inf:
                 cells.append(f'{part*seconds:.0f} s ({part:.2f}) {loss:.3f}{" reached" if loss <= target else ""}')
         if cells:
