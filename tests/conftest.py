@@ -1,8 +1,14 @@
 "A tiny random model with a small tokenizer of its own, made once: real parts, no download."
+import dataclasses
+import functools
 import gc
+import hashlib
 import json
+import os
+import re
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -33,6 +39,35 @@ def undrawn(request, monkeypatch):
         monkeypatch.setattr('alpaca_ft.report._svg', lambda draw, height, label: '')
 
 
+ELSEWHERE = {'model', 'out', 'data', 'eval_data', 'epochs', 'max_steps', 'eval_every', 'save_every', 'keep', 'resume',
+             'lr', 'seed', 'n_samples', 'max_new_tokens', 'final', 'patience', 'track'}  # no say in memory
+
+
+@pytest.fixture(autouse=True)
+def counted_once(request, monkeypatch, tmp_path_factory):
+    """A step's memory is counted once for a model and its options, which takes half of a tiny run's time; forked
+    children find it too. test_memory.py counts each time."""
+    import alpaca_ft.memory
+    if request.module.__name__ == 'test_memory':
+        return
+    folder, count = tmp_path_factory.getbasetemp()/'counted', alpaca_ft.memory.moments
+    folder.mkdir(exist_ok=True)
+
+    @functools.wraps(count)
+    def moments(cfg, model, first=0, device=torch.device('cpu'), step=None, real=False):
+        options = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ELSEWHERE}
+        weights = [(k, p.shape, p.dtype, p.requires_grad) for k, p in model.named_parameters()]
+        config = model.config.to_dict() | dict(_name_or_path='')
+        about = repr((options, config, weights, first, str(device), step, real))
+        path = folder/hashlib.sha256(re.sub(' at 0x[0-9a-f]+', '', about).encode()).hexdigest()
+        if not path.exists():
+            part = path.with_suffix(f'.{os.getpid()}')
+            part.write_text(json.dumps(count(cfg, model, first, device, step, real)))
+            part.rename(path)
+        return json.loads(path.read_text())
+    monkeypatch.setattr(alpaca_ft.memory, 'moments', moments)
+
+
 @pytest.fixture(scope='session')
 def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -47,7 +82,6 @@ def tokenizer():
 
 
 def tiny_model(vocab=600, **kw):
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**dict(vocab_size=vocab, hidden_size=32, intermediate_size=64,

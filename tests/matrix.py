@@ -382,25 +382,41 @@ def documents(row):
         start += length
 
 
-def loss_and_tokens(model, row, on, dtype):
-    "The sum of a packed row's token losses, each document run alone, and the number of them."
-    total, n = 0., 0
+def token_losses(model, row, dtype):
+    "The losses of a packed row's tokens but the first of each document, each run alone; which are of the response."
+    losses, of_response = [], []
     for ids, response in documents(row):
         with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bf16'):
             logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        losses = F.cross_entropy(logits[:-1].float(), ids[1:], reduction='none')
-        if on == 'response':
-            losses = losses[response[1:]]
-        total = total + losses.sum()
-        n += len(losses)
-    return total, n
+        losses.append(F.cross_entropy(logits[:-1].float(), ids[1:], reduction='none'))
+        of_response.append(response[1:])
+    return torch.cat(losses), torch.cat(of_response)
+
+
+def loss_and_tokens(model, row, on, dtype):
+    "The sum of a packed row's token losses, and the number of them."
+    losses, response = token_losses(model, row, dtype)
+    if on == 'response':
+        losses = losses[response]
+    return losses.sum(), len(losses)
 
 
 @torch.no_grad()
+def mean_losses(model, rows, dtype):
+    "The mean loss of the tokens of many packed rows: of all, and of those of responses."
+    found = [token_losses(model, row, dtype) for row in rows]
+    losses, response = (torch.cat(parts) for parts in zip(*found))
+    return [losses.mean().item(), losses[response].mean().item()]
+
+
 def mean_loss(model, rows, on, dtype):
-    "The mean loss of the tokens of many packed rows."
-    sums = [loss_and_tokens(model, row, on, dtype) for row in rows]
-    return (sum(loss for loss, n in sums)/sum(n for loss, n in sums)).item()
+    "One of the two."
+    return mean_losses(model, rows, dtype)[on == 'response']
+
+
+def evaluated(n_steps):
+    "The steps after which a run of so many is evaluated."
+    return sorted({0, n_steps, *range(EVAL_EVERY, n_steps, EVAL_EVERY)})
 
 
 def size(tensors):
@@ -429,11 +445,17 @@ def train_plainly(folder, family, on, dtype, choice):
         order += [numbers[i:i + BATCH_SIZE] for i in range(0, len(numbers), BATCH_SIZE)]
     optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, round(len(order)*WARMUP), len(order))
-    losses, norms, held_out = [], [], []
+    losses, norms, held_out = [], [], {}
+
+    def evaluate(step):
+        "Where a run is evaluated."
+        if step in evaluated(len(order)):
+            held_out[step] = mean_losses(model, test, dtype)
+
     for step, numbers in enumerate(order):
         if choice == 'rotate':
             let_one_train(decoder_layers(model)[N_FREEZE:], step, optimizer)
-        held_out.append([mean_loss(model, test, 'all', dtype), mean_loss(model, test, 'response', dtype)])
+        evaluate(step)
         sums = [loss_and_tokens(model, train[i], on, dtype) for i in numbers]
         loss = sum(loss for loss, n in sums)/sum(n for loss, n in sums)
         loss.backward()
@@ -442,10 +464,10 @@ def train_plainly(folder, family, on, dtype, choice):
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    held_out.append([mean_loss(model, test, 'all', dtype), mean_loss(model, test, 'response', dtype)])
+    evaluate(len(order))
     moved = [name for name, p in trained.items() if not torch.equal(p, before[name])]
-    return dict(losses=losses, norms=norms, held_out=held_out, size=size(trained.values()), trained=list(trained),
-                moved=moved)
+    return dict(losses=losses, norms=norms, held_out=list(held_out.values()), size=size(trained.values()),
+                trained=list(trained), moved=moved)
 
 
 def oracle(folder, cell):
@@ -623,16 +645,17 @@ def compare_losses(right, exact, cell):
     steps = [line for line in lines if 'loss' in line]
     evaluations = [line for line in lines if 'eval_loss' in line]
     n = len(right['losses'])
-    evaluated = sorted({0, n, *range(EVAL_EVERY, n, EVAL_EVERY)})
+    places = evaluated(n)
     bound = precision(cell)
     kink = cell.family == 'opt' and cell.dtype == 'fp32' and cell.choice != 'freeze'
     problems = []
     if [line['step'] for line in steps] != list(range(1, n + 1)):
         return [f'steps {[line["step"] for line in steps]}, not 1 to {n}']
-    if [line['step'] for line in evaluations] != evaluated:
-        return [f'evaluations after steps {[line["step"] for line in evaluations]}, not {evaluated}']
+    if [line['step'] for line in evaluations] != places:
+        return [f'evaluations after steps {[line["step"] for line in evaluations]}, not {places}']
+
     def held_out(oracle, k):
-        return [oracle['held_out'][i][k] for i in evaluated]
+        return [losses[k] for losses in oracle['held_out']]
 
     compared = [('loss', steps, right['losses'], exact['losses'], LOSS[bound]),
                 ('grad_norm', steps, right['norms'], exact['norms'], NORM['relu' if kink else bound]),
@@ -645,8 +668,8 @@ def compare_losses(right, exact, cell):
         if not difference <= limit:
             problems.append(f'{name} of step {lines[i]["step"]} is {lines[i].get(name)}, not {expected[i]:.7g}')
     samples = Path('run/samples.jsonl').read_text().splitlines()
-    if len(samples) != len(evaluated):
-        problems.append(f'{len(samples)} samples, not {len(evaluated)}')
+    if len(samples) != len(places):
+        problems.append(f'{len(samples)} samples, not {len(places)}')
     return problems
 
 

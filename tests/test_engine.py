@@ -402,7 +402,7 @@ def test_limits_in_bf16():
 
     leaking = speed.Step(replace(speed.BY_DOCUMENT, arguments=leaks), speed.linear_loss)
     fast = speed.Step(speed.BY_DOCUMENT, speed.linear_loss)
-    for i in (0, 1, 4):
+    for i in (0, 4):
         both, alone = speed.piece_of(train[i])
         right = speed.documents_alone(model, alone, tokenizer.pad_token_id)
         found = []
