@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 
 from .files import sha256, sync, write_whole
 from .model import decoder_layers, first_in_graph, memory_estimate
-from .options import RunConfig
+from .options import RunConfig, default_of
 from .processes import (added, deaf, first_does, gathered, is_first, lost_process, processes, shared,
                                  spread_like)
 
@@ -168,7 +168,7 @@ def resume_command(
     words = ['alpaca_ft', 'train']
     for f in fields(RunConfig):
         v, flag = getattr(cfg, f.name), f.name.replace('_', '-')
-        if f.name in ('out', 'resume', 'resume_anyway') or v == f.default and f.name != 'data':
+        if f.name in ('out', 'resume', 'resume_anyway') or v == default_of(cfg, f.name) and f.name != 'data':
             continue  # rows are always named, because the command has its own if none are
         if f.type is bool:
             words.append(f'--{flag}' if v else f'--no-{flag}')
