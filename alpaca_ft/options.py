@@ -232,7 +232,7 @@ def check_choice(
         raise Refused('method is full, which trains the head too; leave train_head out')
     if cfg.method == 'lora' and (cfg.train_head or not cfg.freeze_embed):
         raise Refused('method is lora, which leaves head and embedding as they are; leave train_head and freeze_embed '
-                      'out')
+                      'out, or give --method freeze')
     if cfg.rotate_every and not cfg.rotate:
         raise Refused(f'rotate_every is {cfg.rotate_every}, but nothing rotates; give --rotate too')
     for name in ('lora_rank', 'lora_alpha', 'lora_targets'):
@@ -303,7 +303,7 @@ ARTICLE = dict(model='meta-llama/Llama-2-7b-hf', data='capecape/alpaca_ft/alpaca
                n_freeze=24, seq_len=1024, batch_size=32, micro_batch_size=1, lr=2e-4, warmup=0.1, epochs=1,
                n_samples=10, max_new_tokens=256, activation_checkpointing=True, track='wandb')
 PRESETS = dict(demo={}, article=ARTICLE)  # the options of the demo and of the article's run
-DEMO_ROWS = dict(data='demo', loss_on='response', epochs=2)  # the command's, if no rows are named
+DEMO_ROWS = dict(data='demo', loss_on='response', method='lora', n_freeze=0.5)  # the command's, if no rows are named
 
 # %% ../nbs/a2_options.ipynb #a2-027
 def read_yaml(

@@ -66,7 +66,7 @@ def wrapped(text, width):
 
 def answers():
     "Prompts of rows that were held back, and what the model said before and after `make train`."
-    found = json.loads((root/'benchmarks'/'results'/'2026-11-27-make-train.json').read_text(encoding='utf-8'))
+    found = json.loads((root/'benchmarks'/'results'/'2026-11-28-make-train.json').read_text(encoding='utf-8'))
     parts, y = [words(16, 24, 'asked', 'bold'), words(230, 24, 'before', 'bold'), words(560, 24, 'after', 'bold')], 46
     for sample in found['answers'][:4]:
         columns = [(16, wrapped(sample['asked'], 30)), (560, wrapped(sample['after'], 44)),
