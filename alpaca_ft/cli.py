@@ -29,7 +29,8 @@ def add_options(
     helps = option_help()
     parser.add_argument('--config', metavar='FILE', help='YAML file of options; options typed here override it')
     parser.add_argument('--preset', default='demo', choices=list(PRESETS),
-                        help='start from the options of the demo or of the article')
+                        help='start from the options of the demo or of the article (what learnt more in the same '
+                        'seconds: --method lora --n-freeze 0.5 --lr 1e-3, chapter 10)')
     for f in fields(RunConfig):
         flag = '--' + f.name.replace('_', '-')
         default = 'none' if f.default is None else f.default

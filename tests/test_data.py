@@ -475,7 +475,7 @@ def test_near_duplicates_in_a_run(here, tiny, command):
 
 def test_near_duplicates_without_the_library(here, tiny):
     "Refused in one line before anything is read or written."
-    r = several.command('train', '--data', 'nowhere.jsonl', '--near-duplicates', 0.8, '--out', 'run',
+    r = several.command('train', '--data', 'builtin', '--near-duplicates', 0.8, '--out', 'run',
                         before=lambda: several.absent('datasketch'))
     assert (r.returncode, r.stdout, len(r.stderr.splitlines())) == (
         2,
