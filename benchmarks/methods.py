@@ -383,7 +383,9 @@ class Bench:
                 key = f'time/{arm}/{i}'
                 lr = RATES[ARMS[arm]['kind']][0]
                 self.go(key, self.spec(arm, source, n, lr, i, None), threads=os.cpu_count())
-        self.result['arms'] |= {arm: self.timed('time', arm) for arm in arms}
+        for arm in arms:
+            before = self.result['arms'].get(arm, {})
+            self.result['arms'][arm] = self.timed('time', arm) | {k: before[k] for k in ('lr',) if k in before}
         limit = self.result['arms'].get(DEFAULT, {}).get('peak')
         for arm in arms if limit else []:
             about = self.result['arms'][arm]
