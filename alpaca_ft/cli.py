@@ -51,7 +51,10 @@ def _config(
     given = {f.name: getattr(args, f.name) for f in fields(RunConfig)}
     rows_named = given['data'] or args.config or args.preset != 'demo'
     if not rows_named:  # the demo's rows, and what suits them
-        given |= {name: value for name, value in DEMO_ROWS.items() if given[name] is None}
+        suits = dict(DEMO_ROWS)
+        if any(given[name] is not None for name in ('method', 'n_freeze', 'layers', 'rotate', 'train_head')):
+            del suits['method'], suits['n_freeze']  # what was typed says what trains
+        given |= {name: value for name, value in suits.items() if given[name] is None}
     return read_config(args.config, args.preset, **given)
 
 # %% ../nbs/18_cli.ipynb #18-014
