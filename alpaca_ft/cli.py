@@ -52,7 +52,8 @@ def _config(
     rows_named = given['data'] or args.config or args.preset != 'demo'
     if not rows_named:  # the demo's rows, and what suits them
         suits = dict(DEMO_ROWS)
-        if any(given[name] is not None for name in ('method', 'n_freeze', 'layers', 'rotate', 'train_head')):
+        choice = ('method', 'n_freeze', 'layers', 'rotate', 'train_head', 'freeze_embed')
+        if any(given[name] is not None for name in choice):
             del suits['method'], suits['n_freeze']  # what was typed says what trains
         given |= {name: value for name, value in suits.items() if given[name] is None}
     return read_config(args.config, args.preset, **given)
