@@ -654,6 +654,7 @@ def gib(
 
 # %% ../nbs/12_checkpoints.ipynb #12-086-p1
 def fewer_layers(
+    cfg:RunConfig,  # the options
     model,  # after `freeze`
     total,  # function that estimates a run's bytes
 )->list:  # one (bytes, flag, remark), or none if no layer trains
@@ -667,7 +668,8 @@ def fewer_layers(
     for p in half:
         p.requires_grad = False
     less = sum(p.numel()*(p.element_size() - size) for p in half)
-    found = [(total() - less, f'--n-freeze {more}', '')]
+    flag = f'--method lora --n-freeze {more}' if cfg.method == 'lora' else f'--n-freeze {more}'
+    found = [(total() - less, flag, '')]
     for p in half:
         p.requires_grad = True
     return found
@@ -691,7 +693,7 @@ def memory_advice(
     if cfg.seq_len >= 16:
         found.append((total(seq_len=cfg.seq_len//2), f'--seq-len {cfg.seq_len//2}', ''))
     if not cfg.layers and cfg.method != 'full':
-        found += fewer_layers(model, total)
+        found += fewer_layers(cfg, model, total)
     best = [f'{flag} ({gib(now - t)} less{why})' for t, flag, why in sorted(found)[:3] if t < now]
     return f'this run takes about {gib(now)}; what helps most: {", ".join(best)}'
 

@@ -551,8 +551,9 @@ def fewer_layers(
     if cfg.method != 'lora' and n > 2 and not cfg.rotate:
         found.append((dict(rotate=max(1, n//4)), f'{max(1, n//4)} of {n} layers learn at a time'))
     if cfg.method != 'full' and not cfg.layers and n > 1:
-        found.append((dict(n_freeze=choice.n_layers - n//2), f'{n//2} layers learn in place of {n}'))
-        found.append((dict(n_freeze=choice.n_layers - 1), f'1 layer learns in place of {n}'))
+        same = dict(method='lora') if cfg.method == 'lora' else {}  # said, as --n-freeze alone is not LoRA
+        found.append((same | dict(n_freeze=choice.n_layers - n//2), f'{n//2} layers learn in place of {n}'))
+        found.append((same | dict(n_freeze=choice.n_layers - 1), f'1 layer learns in place of {n}'))
     return found
 
 # %% ../nbs/a5_memory.ipynb #1d3c7b0d

@@ -323,17 +323,19 @@ def main_lines(done):
 # ---------------------------------------------------------------- sections
 
 def batch32(b, work):
-    "An optimizer step of 32 rows against 32 steps of one row: the very same rows."
+    "An optimizer step of 32 rows against 32 steps of one row: the very same rows. The bare loop's peak beside it."
     n = b.args.batch
     # the same rows, half of them as warm-up
     one, many = [b.block(work, 'alpaca_ft', n, n, n)], [b.block(work, 'alpaca_ft', n, 1, 1, batch_size=n)]
-    if None in one + many:
+    bare_one, bare_many = [b.block(work, 'floor', n, n, n)], [b.block(work, 'floor', n, 1, 1, batch_size=n)]
+    if None in one + many + bare_one + bare_many:
         return []
     def peak(r): return [max(l['step_peak'] for l in r if l['measured'])]
     def seconds(r): return [l['seconds'] for l in r if l['measured']]
     k = ratio(many, one, seconds)
-    b.result['sections']['batch32'] = dict(one=one, many=many)
+    b.result['sections']['batch32'] = dict(one=one, many=many, bare_one=bare_one, bare_many=bare_many)
     return [dict(line=f'a step of {n} rows against steps of one row, peak memory', unit='x', **ratio(many, one, peak)),
+            dict(line='the same in the bare loop', unit='x', **ratio(bare_many, bare_one, peak)),
             dict(line=f'a step of {n} rows against {n} steps of one row, seconds', unit='x', value=k['value']/n,
                  low=k['low']/n, high=k['high']/n, rounds=k['rounds'])]
 

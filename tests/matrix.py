@@ -60,8 +60,7 @@ SCALE = 5  # the random weights are made so much larger, because a flat model wo
 LOSS = dict(fp32=1.5e-6, bf16=0.0015, experts=0.005)
 NORM = dict(fp32=1e-5, bf16=0.02, experts=0.05, relu=1e-3)  # of the gradient's norm
 SIZE = dict(fp32=1e-6, bf16=1e-4, experts=1e-4)  # of the trained weights' norm
-
-
+EXACTER = dict(bf16='fp32', fp32='fp32')  # precision of a run: that of the oracle which shows what rounding does
 
 # ---- the families ----
 
@@ -77,7 +76,11 @@ def model_of(config, options, **more):
     "A random model of a configuration class of transformers, given by name; more options override the first ones."
     torch.manual_seed(0)
     config = getattr(transformers, config)(**(options | more))
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return scaled(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def scaled(model):
+    "A model whose random weights are larger than they came."
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() >= 2:
@@ -119,6 +122,7 @@ def deepseek():
 
 WINDOWS = dict(head_dim=8, sliding_window=64, query_pre_attn_scalar=8)  # some layers look 64 tokens back only
 EXPERTS = dict(num_experts_per_tok=2, output_router_logits=False)
+WITH_EXPERTS = ['mixtral', 'qwen3-moe', 'gpt-oss', 'afmoe', 'deepseek-v3']
 MULTIPLIERS = dict(logits_scaling=2., embedding_multiplier=2., residual_multiplier=0.5)
 
 FAMILIES = {
@@ -331,11 +335,15 @@ def packed_rows(folder, family):
 
 def decoder_layers(model):
     "The list of a model's layers, where its family has it."
-    for path in ('model.layers', 'model.decoder.layers', 'transformer.h', 'gpt_neox.layers'):
+    for path in ('model.layers', 'model.language_model.layers', 'model.decoder.layers', 'transformer.h',
+                 'gpt_neox.layers'):
         try:
             return model.get_submodule(path)
         except AttributeError:
             pass
+    for module in model.modules():  # of other families, see families.py
+        if isinstance(module, torch.nn.ModuleList) and len(module) == SHAPE['num_hidden_layers']:
+            return module
     raise AssertionError(f'{type(model).__name__}: add the path of its layers here')
 
 
@@ -344,7 +352,8 @@ def add_lora(model):
     from peft import LoraConfig
     layers = set(decoder_layers(model)[N_FREEZE:].modules())
     conv1d = transformers.pytorch_utils.Conv1D
-    names = [name for name, m in model.named_modules() if m in layers and isinstance(m, (torch.nn.Linear, conv1d))]
+    plain = torch.nn.Linear.forward, conv1d.forward  # a router made of a linear module may return more
+    names = [name for name, m in model.named_modules() if m in layers and type(m).forward in plain]
     if model.config.model_type in ('afmoe', 'deepseek_v3'):  # peft takes these names for the experts of all layers
         names = [name for name in names if not name.endswith(('gate_proj', 'up_proj', 'down_proj', '.gate'))]
     conv = isinstance(model.get_submodule(names[0]), conv1d)
@@ -370,6 +379,8 @@ def frozen_model(folder, family, dtype, choice):
         for p in model.parameters():
             if not p.requires_grad:
                 p.data = p.data.to(torch.bfloat16)
+    if dtype == 'fp64':
+        model.double()
     return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -388,7 +399,8 @@ def token_losses(model, row, dtype):
     for ids, response in documents(row):
         with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bf16'):
             logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        losses.append(F.cross_entropy(logits[:-1].float(), ids[1:], reduction='none'))
+        exact = logits[:-1].double() if dtype == 'fp64' else logits[:-1].float()
+        losses.append(F.cross_entropy(exact, ids[1:], reduction='none'))
         of_response.append(response[1:])
     return torch.cat(losses), torch.cat(of_response)
 
@@ -479,6 +491,17 @@ def oracle(folder, cell):
         part.write_text(json.dumps(found))
         part.rename(path)
     return json.loads(path.read_text())
+
+
+def exacter_oracle(folder, cell):
+    "The oracle in the precision of EXACTER; the cell's own where a product of it has no fp64."
+    exacter = dataclasses.replace(cell, dtype=EXACTER[cell.dtype])
+    try:
+        return oracle(folder, exacter)
+    except RuntimeError:
+        if exacter.dtype != 'fp64':
+            raise
+        return oracle(folder, cell)
 
 
 # ---- the run of a cell ----
@@ -609,7 +632,7 @@ def try_cell(folder, cell):
         return ('FAILED', f'{"; ".join(problems)}: {e}') if problems else ('refused', str(e))
     if text is not None:
         return 'FAILED', f'ended, but a refusal was promised: {text}'
-    right, exact = oracle(folder, cell), oracle(folder, dataclasses.replace(cell, dtype='fp32'))
+    right, exact = oracle(folder, cell), exacter_oracle(folder, cell)
     problems = compare_losses(right, exact, cell) + compare_models(folder, right, exact, cell, run)
     return ('FAILED', '; '.join(problems)) if problems else ('ended', '')
 
@@ -630,12 +653,12 @@ def precision(cell):
     "The key of LOSS, NORM and SIZE for a cell."
     if cell.dtype == 'fp32':
         return 'fp32'
-    return 'experts' if cell.family in ('mixtral', 'qwen3-moe', 'gpt-oss', 'afmoe', 'deepseek-v3') else 'bf16'
+    return 'experts' if cell.family in WITH_EXPERTS else 'bf16'
 
 
 def allowed(fixed, found, exact):
-    """A bound, or twice what rounding to bf16 does to the oracle itself, where that is more; `exact` is the oracle
-    in fp32."""
+    """A bound, or twice what rounding does to the oracle itself, where that is more; `exact` is the oracle in the
+    precision of EXACTER."""
     return max(fixed, 2*furthest(found, exact)[0])
 
 
