@@ -354,8 +354,8 @@ def add_lora(model):
     conv1d = transformers.pytorch_utils.Conv1D
     plain = torch.nn.Linear.forward, conv1d.forward  # a router made of a linear module may return more
     names = [name for name, m in model.named_modules() if m in layers and type(m).forward in plain]
-    if model.config.model_type in ('afmoe', 'deepseek_v3'):  # peft takes these names for the experts of all layers
-        names = [name for name in names if not name.endswith(('gate_proj', 'up_proj', 'down_proj', '.gate'))]
+    # peft takes some names for the experts of all layers
+    names = [name for name in names if not alpaca_ft.model.goes_to_experts(model, name.rpartition('.')[2])]
     conv = isinstance(model.get_submodule(names[0]), conv1d)
     torch.manual_seed(SEED)
     model.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules=names, task_type='CAUSAL_LM', fan_in_fan_out=conv))
