@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup dev train lint test test-slow newest matrix faults lab bench docs render clean
+.PHONY: setup dev train lint test test-slow newest matrix families faults lab bench docs render clean
 
 .venv/run: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -43,6 +43,9 @@ lint: dev
 
 matrix: dev
 	$(BIN)/python tests/matrix.py --workers 2 $(MATRIX)
+
+families: dev
+	$(BIN)/python tests/families.py $(FAMILIES)
 
 faults: dev
 	$(BIN)/python tests/faults.py 50

@@ -11,8 +11,8 @@ __all__ = ['DEMO', 'LLAMA_2_7B', 'demo_model', 'load_model', 'load_tokenizer', '
            'check_trains', 'resolve_choice', 'layer_weights', 'drawn', 'at_work', 'Place', 'settle', 'share',
            'cut_layers', 'Attention', 'document_places', 'Apart', 'part_of', 'forward_inputs', 'Trunk', 'UpperPart',
            'Tail', 'mend_generation_config', 'has_adapter', 'check_adapter', 'mend_adapter_config', 'check_saved',
-           'write_model', 'as_readable', 'save_model', 'one_of_each_kind', 'try_saving', 'memory_estimate',
-           'model_shape', 'model_folder']
+           'write_model', 'as_readable', 'save_model', 'one_of_each_kind', 'lost_when_loaded', 'try_saving',
+           'memory_estimate', 'model_shape', 'model_folder']
 
 # %% ../nbs/04_model.ipynb #03-002
 import copy
@@ -996,6 +996,25 @@ def one_of_each_kind(
         kinds.append([(name, tuple(p.shape)) for name, p in layer.named_parameters()])
     return max(kinds.index(kind) for kind in kinds) + 1
 
+# %% ../nbs/04_model.ipynb #04-lost
+def lost_when_loaded(
+    model,  # with an adapter
+    folder:Path,  # what `save_model` wrote of it
+)->set:  # names of the adapter's weights; empty too where a model without contents cannot be made
+    "What of an adapter `from_pretrained` does not find again."
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report is what we return
+    try:
+        with torch.device('meta'):
+            again = type(model)(copy.deepcopy(model.config))
+        found = again.load_adapter(str(folder))
+    except Exception:
+        return set()
+    finally:
+        logging.set_verbosity(level)
+    return {*found.missing_keys, *found.unexpected_keys}
+
 # %% ../nbs/04_model.ipynb #b9abba39
 def try_saving(
     model,  # after `freeze`
@@ -1012,6 +1031,11 @@ def try_saving(
     try:
         part.mkdir()
         save_model(small, tokenizer, part/'model', frozen=True)
+        if has_adapter(model) and (lost := lost_when_loaded(model, part/'model')):
+            raise Refused(f'{type(model).__name__}: from_pretrained would not find the LoRA of {min(lost)} again; '
+                          'name other modules with --lora-targets, such as q_proj,k_proj,v_proj,o_proj')
+    except Refused:
+        raise
     except Exception as e:
         why = ' '.join(str(e).replace(str(part), '').split())[:200]
         raise Refused(f'{type(model).__name__}: the trained model could not be saved ({why}); '

@@ -8,7 +8,7 @@ usage: python tests/families.py [--out RESULT.json] [--only REGEX] [--cells AB]
        (stopped, it goes on by the same command; about three quarters of an hour on one core)
 
 cell A: the last layers and the head, states kept where that goes, loss on responses, two packed rows at once, fp32
-cell B: LoRA, states on the disk, activation checkpointing, loss on all, bf16, killed and resumed
+cell B: LoRA, states kept where that goes, activation checkpointing, loss on all, bf16, killed and resumed
 Exit code 0 if no cell failed.
 """
 import argparse
@@ -29,7 +29,7 @@ import matrix
 
 LARGEST = 3e7  # parameters of a model that counts as tiny
 CELLS = dict(A=('auto', 0, 'response', 2, 'fp32', False, 'new', 'freeze'),
-             B=('disk', 1, 'all', 1, 'bf16', True, 'new', 'lora'))  # the choices of a matrix.Cell behind its family
+             B=('auto', 1, 'all', 1, 'bf16', True, 'new', 'lora'))  # the choices of a matrix.Cell behind its family
 SMALL = {
     608: 'vocab_size vocab_size_per_layer_input',
     32: 'hidden_size d_model n_embd word_embed_proj_dim embedding_size lru_width moe_intermediate_size '
@@ -49,12 +49,16 @@ SMALL = {
 }  # value: names of a config that get it, where the config has them
 HYBRID = dict(layer_types=['mamba', 'attention']*2)  # half of the layers attend
 SPECIAL = {
+    'bailing_hybrid': dict(layer_group_size=2),
     'bamba': dict(attn_layer_indices=[1, 3]),
-    'granitemoehybrid': HYBRID,
-    'mamba2': dict(head_dim=16),
-    'zaya': dict(num_experts_per_tok=1),
     'falcon_h1': dict(mamba_d_ssm=64),
     'gpt_neo': dict(attention_types=[[['global', 'local'], 2]]),
+    'granitemoehybrid': HYBRID,
+    'jamba': dict(attn_layer_period=2, attn_layer_offset=1),
+    'lfm2_moe': dict(layer_types=['conv', 'full_attention']*2),
+    'mamba2': dict(head_dim=16),
+    'zamba2': dict(layers_block_type=['linear_attention', 'hybrid']*2, hybrid_layer_ids=[1, 3]),
+    'zaya': dict(num_experts_per_tok=1),
 }  # what else a family needs
 
 
@@ -78,7 +82,7 @@ def small_options(default):
     elif knows(default, 'head_dim'):
         options['head_dim'] = 8
     for key, value in default.to_dict().items():
-        if ('dropout' in key or 'pdrop' in key) and isinstance(value, float):
+        if any(word in key for word in ('dropout', 'pdrop', 'jitter')) and isinstance(value, float):
             options[key] = 0.
     for key in default.sub_configs:
         if inner := getattr(default, key, None):

@@ -352,8 +352,8 @@ def add_lora(model):
     from peft import LoraConfig
     layers = set(decoder_layers(model)[N_FREEZE:].modules())
     conv1d = transformers.pytorch_utils.Conv1D
-    plain = torch.nn.Linear.forward, conv1d.forward  # a router made of a linear module may return more
-    names = [name for name, m in model.named_modules() if m in layers and type(m).forward in plain]
+    names = [name for name, m in model.named_modules() if m in layers and isinstance(m, (torch.nn.Linear, conv1d))
+             and 'Router' not in type(m).__name__]  # Llama 4's is a linear module that returns two tensors
     # peft takes some names for the experts of all layers
     names = [name for name in names if not alpaca_ft.model.goes_to_experts(model, name.rpartition('.')[2])]
     conv = isinstance(model.get_submodule(names[0]), conv1d)
@@ -723,7 +723,8 @@ def compare_models(folder, right, exact, cell, run):
     wrong('in the model or in RUN/model only', began.keys() ^ saved.keys())
     names = began.keys() & saved.keys() & memory.keys()
     trained &= names
-    frozen = names - trained
+    tensors = [memory[k].data_ptr() for k in trained]
+    frozen = {k for k in names - trained if memory[k].data_ptr() not in tensors}  # one may have a second name (Zamba 2)
     for where, tensors in (('in memory', memory), ('in RUN/model', saved)):
         wrong(f'trained, but not fp32 {where}', {k for k in trained if tensors[k].dtype != torch.float32})
         same = {k for k in frozen if torch.equal(tensors[k].to(kept), began[k].to(kept))}
