@@ -923,15 +923,19 @@ def check_saved(
 )->None:
     "Compare what trains with what was written, by name, or read back if transformers gave it other names."
     from safetensors import safe_open
-    missing = {k: p for k, p in model.named_parameters() if p.requires_grad or frozen}
+    named = model.named_parameters(remove_duplicate=not frozen)
+    missing = {k: p for k, p in named if p.requires_grad or frozen}
     for f in sorted(folder.glob('*.safetensors')):
         with safe_open(f, 'pt') as s:
             for k in missing.keys() & set(s.keys()):
                 if not torch.equal(s.get_tensor(k), missing.pop(k).detach().cpu()):
                     raise OSError(f'{f}: {k} was not written as it is in memory')
+    if getattr(model.config.get_text_config(), 'tie_word_embeddings', False):  # the embedding was compared
+        shared = model.get_input_embeddings().weight
+        missing = {k: p for k, p in missing.items() if p is not shared or p.requires_grad}
     if not missing:
         return
-    again = dict(type(model).from_pretrained(folder, dtype=torch.float32).named_parameters())
+    again = dict(type(model).from_pretrained(folder, dtype=torch.float32).named_parameters(remove_duplicate=False))
     for k, p in missing.items():
         if k not in again or not torch.equal(again[k], p.detach().cpu().float()):
             raise OSError(f'{folder}: {k} was not written as it is in memory')
@@ -990,10 +994,11 @@ def save_model(
 def one_of_each_kind(
     model,  # causal language model
 )->int:  # layers, counted from the first
-    "How many layers from the first on hold one of each kind, where a kind is the names and shapes of its weights."
-    kinds = []
+    "How many layers from the first on hold one of each kind: the names and shapes of its weights, and which it shares."
+    kinds, met = [], set()
     for layer in decoder_layers(model):
-        kinds.append([(name, tuple(p.shape)) for name, p in layer.named_parameters()])
+        kinds.append([(name, tuple(p.shape), id(p) in met) for name, p in layer.named_parameters()])
+        met.update(map(id, layer.parameters()))
     return max(kinds.index(kind) for kind in kinds) + 1
 
 # %% ../nbs/04_model.ipynb #04-lost
@@ -1031,17 +1036,16 @@ def try_saving(
     try:
         part.mkdir()
         save_model(small, tokenizer, part/'model', frozen=True)
-        if has_adapter(model) and (lost := lost_when_loaded(model, part/'model')):
-            raise Refused(f'{type(model).__name__}: from_pretrained would not find the LoRA of {min(lost)} again; '
-                          'name other modules with --lora-targets, such as q_proj,k_proj,v_proj,o_proj')
-    except Refused:
-        raise
+        lost = lost_when_loaded(model, part/'model') if has_adapter(model) else {}
     except Exception as e:
         why = ' '.join(str(e).replace(str(part), '').split())[:200]
         raise Refused(f'{type(model).__name__}: the trained model could not be saved ({why}); '
                       'use another model, or free some space') from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    if lost:
+        raise Refused(f'{type(model).__name__}: from_pretrained would not find the LoRA of {min(lost)} again; '
+                      'name other modules with --lora-targets, such as q_proj,k_proj,v_proj,o_proj')
 
 # %% ../nbs/04_model.ipynb #03-066
 def memory_estimate(

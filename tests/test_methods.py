@@ -774,3 +774,18 @@ def test_lora_that_would_be_lost(rows, tmp_path):
     run = train(run_config(folder, rows, out, lora_targets='q_proj,v_proj', **options))
     saved = transformers.AutoModelForCausalLM.from_pretrained(out/'model').eval()
     assert not matrix.compare_logits(saved, run.model)
+
+
+def test_weights_that_layers_share(rows, tmp_path):
+    "Zamba 2's layers share weights, which transformers ties only where the head may be tied: refused, or kept."
+    from families import small_model
+    folder, out = tmp_path/'zamba2', tmp_path/'run'
+    small_model('zamba2').save_pretrained(folder)
+    matrix.make_tokenizer().save_pretrained(folder)
+    options = dict(max_steps=2, epochs=None, batch_size=1)
+    with pytest.raises(Refused, match='could not be saved .*shared_transformer') as e:
+        train(run_config(folder, rows, out, **options))
+    assert '\n' not in str(e.value) and not out.exists()
+    run = train(run_config(folder, rows, out, train_head=False, **options))
+    saved = transformers.AutoModelForCausalLM.from_pretrained(out/'model').eval()
+    assert not matrix.compare_logits(saved, run.model)
