@@ -1018,7 +1018,7 @@ def lost_when_loaded(
         return set()
     finally:
         logging.set_verbosity(level)
-    return {*found.missing_keys, *found.unexpected_keys}
+    return found.missing_keys or found.unexpected_keys
 
 # %% ../nbs/04_model.ipynb #b9abba39
 def try_saving(
