@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .data import Refused, cache_dir
-from .files import sha256, sync
+from .files import look_for_model, sha256, sync
 from .options import RunConfig
 from .processes import alone_on_cpu, check_launch, connect, processes, rank, started, wants
 from .prompts import end_ids, saved_template
@@ -1143,10 +1143,8 @@ def _load(
 ):  # model or tokenizer
     "Call `from_pretrained`, and say in one line why it could not."
     model_id = str(demo_model() if str(model_id) == 'demo' else model_id)
+    look_for_model(model_id)
     folder = Path(model_id)
-    looks_like_folder = model_id[:1] in ('.', '/', '~') or os.sep in model_id and model_id.count('/') != 1
-    if looks_like_folder and not folder.is_dir():
-        raise Refused(f'{model_id}: no such model folder; give a folder with config.json, `demo`, or a hub id')
     adapter = folder/'adapter_config.json'
     if folder.is_dir() and not (folder/'config.json').exists() and not adapter.exists():
         raise Refused(f'{model_id}: not a model folder (no config.json)')

@@ -167,7 +167,7 @@ OPTIONS = {  # name: (arguments, a part of the message)
     'no such loss': (['--loss-on', 'answers'], 'use all or response'),
     'no such tracker': (['--track', 'mlflow'], 'use none or wandb'),
     'beyond positions': (['--seq-len', '1024'], '512 positions'),
-    'no such model': (['--model', './nowhere'], 'no such model folder'),
+    'no such model': (['--model', './nowhere'], 'no such run or model folder'),
     'no such data': (['--data', 'nowhere.jsonl'], 'no such file'),
     'no such preset': (['--preset', 'paper'], 'paper'),
     'no config file': (['--config', 'nowhere.yaml'], 'nowhere.yaml: cannot be read'),

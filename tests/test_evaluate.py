@@ -400,7 +400,7 @@ def other_model(tiny, folder, **files):
 def test_other_model_is_looked_at_first(seeds, tiny, here, command, unmeasured):
     other_model(tiny, here/'odd', config_json='{"model_type": "nothing"}')
     other_model(tiny, here/'mute', tokenizer_json='{')
-    for name, why in (('./nowhere', 'no such model folder'), ('./odd', 'cannot be loaded'),
+    for name, why in (('./nowhere', 'no such run or model folder'), ('./odd', 'cannot be loaded'),
                       ('./mute', 'cannot be loaded')):
         code, out, err = command('evaluate', seeds/'run1', '--against', name)
         assert code == 2 and why in err and len(err.splitlines()) == 1, err
