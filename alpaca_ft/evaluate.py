@@ -789,6 +789,10 @@ def notes(
 )->list:  # lines of text
     "What a reader of the comparison has to know."
     said = trained_lines(trained)
+    for name, measured in each.items():
+        few = measured.get('too_few_positions')
+        if few:
+            said.append(f'{printable(name, 40)} has {few:,} positions, so no model reads more of a row')
     if counted < rows:
         said.append(f'{rows - counted} rows have no room for a response and are in no loss')
     if other and LEAST <= counted < FEW:
@@ -915,10 +919,10 @@ def check_models(
     models:dict,  # name: what `load_model` takes; the first one gives the template
     rows,  # Dataset of rows
     trust_remote_code:bool,  # see `evaluate`
-)->None:
+)->dict:  # name: positions that the model has, at most; math.inf where its config has no limit
     "See that each model is there, and can be asked about the rows in the first one's template; raises `Refused`."
     quiet()
-    first = load_tokenizer(next(iter(models.values())), trust_remote_code)
+    first, limits = load_tokenizer(next(iter(models.values())), trust_remote_code), {}
     for name, model in models.items():
         tokenizer = load_tokenizer(model, trust_remote_code)
         same_template(tokenizer, first)
@@ -927,7 +931,9 @@ def check_models(
                 tokenize(rows, tokenizer)
         except Refused as e:
             raise Refused(f'{name}, asked in the template of {next(iter(models))}: {e}') from None
-        load_model(model, device_map='meta', trust_remote_code=trust_remote_code)  # its files, without the numbers
+        empty = load_model(model, device_map='meta', trust_remote_code=trust_remote_code)  # its files, not the numbers
+        limits[name] = getattr(empty.config.get_text_config(), 'max_position_embeddings', None) or math.inf
+    return limits
 
 # %% ../nbs/08_evaluate.ipynb #88680989
 def check_places(
@@ -967,10 +973,12 @@ def measure_each(
 )->dict:  # what `measure` says of each model, by its name
     "Measure the models one after another, in the template of the first."
     seq_len = max(config.get('seq_len', 1024) for config in configs)
-    check_models(models, rows, trust_remote_code)
+    limits = check_models(models, rows, trust_remote_code)
+    read = min(seq_len, *limits.values())
     like, each = next(iter(models.values())), {}
     for name, model in models.items():
-        each[name] = measure(model, rows, seq_len, n_samples, max_new_tokens, trust_remote_code, tasks, like)
+        found = measure(model, rows, read, n_samples, max_new_tokens, trust_remote_code, tasks, like)
+        each[name] = found | dict(too_few_positions=limits[name] if limits[name] < seq_len else None)
     return each
 
 # %% ../nbs/08_evaluate.ipynb #bf7bee15

@@ -468,3 +468,18 @@ def test_data_in_the_columns_of_the_run(tmp_path):
             assert why in said or not about, said
     with pytest.raises(Refused, match='to instruction, input and output'):
         held_out({}, tmp_path/'own.json')
+
+
+def test_other_model_with_fewer_positions(seeds, tiny, tokenizer, here, command):
+    "All models read the rows as far as the one with the fewest positions does, and that is said."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    short.save_pretrained(here/'short')
+    tokenizer.save_pretrained(here/'short')
+    code, out, err = command('evaluate', seeds/'run1', '--against', 'short', '--max-new-tokens', 4, '--to', 'there')
+    assert code == 0, err
+    assert 'short has 64 positions, so no model reads more of a row' in out
+    alone, _, err = command('evaluate', seeds/'run1', '--max-new-tokens', 4, '--to', 'alone')
+    assert alone == 0, err
+    each = [json.loads((here/folder/'evaluation.json').read_text()) for folder in ('there', 'alone')]
+    assert each[0]['measures'][0] != each[1]['measures'][0]
