@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'add_options', 'at_least', 'make_parser', 'peak_memory', 'look_for_rows', 'look_first', 'runs_named',
-           'completion', 'foreseen', 'several', 'says', 'parsed', 'main']
+           'at_home', 'completion', 'foreseen', 'several', 'says', 'parsed', 'main']
 
 # %% ../nbs/18_cli.ipynb #18-002
 import argparse
@@ -215,7 +215,8 @@ def look_first(
 )->None:
     "Refuse what can be seen to be missing, or in the way, before anything heavy is imported."
     look_for_rows(cfg)
-    look_for_model(cfg.model)
+    if not cfg.model.endswith('.gguf'):  # a file
+        look_for_model(cfg.model)
     launched = several() or 'TORCHELASTIC_RESTART_COUNT' in os.environ
     if not launched:
         check_out(cfg)
@@ -259,11 +260,24 @@ def runs_named(
     several_of_them = [*typed.get('runs', ()), *typed.get('folders', ())]
     return [name for name in one + several_of_them if name]
 
+# %% ../nbs/18_cli.ipynb #18-ho1
+def at_home(
+    given,  # a value from the parser
+):  # the same, with the user's folder in the place of a leading ~
+    "Expand what the shell has not."
+    if isinstance(given, list):
+        return [at_home(value) for value in given]
+    return os.path.expanduser(given) if isinstance(given, str) and given.startswith('~') else given
+
 # %% ../nbs/18_cli.ipynb #18-025
 def _call(
     args,  # from the parser
 )->None:
     "A command of the table: call its function with what was typed, and print what it returns."
+    texts = ('instruction', 'input')  # of a prompt; everything else may be a path
+    for key, value in vars(args).items():
+        if key not in texts:
+            setattr(args, key, at_home(value))
     for run in runs_named(args):
         look_for_model(run)
     module, name = COMMANDS[args.command][1].split(':')
@@ -344,9 +358,9 @@ def main(
     argv:list=None,  # arguments; None: those of the process
 )->int:  # the exit code
     "Run a command; errors that were foreseen are one line on stderr."
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # not in a notebook
-            stream.reconfigure(errors='backslashreplace')
+            stream.reconfigure(errors='replace' if stream is sys.stdin else 'backslashreplace')
     args = parsed(argv)
     warnings.filterwarnings('ignore', message='IProgress')
     command = dict(train=_train, check=_check).get(args.command, _call)

@@ -322,7 +322,7 @@ def read_yaml(
         raise Refused(f'{path}: holds a {type(d).__name__}; write lines like `lr: 2e-4`')
     options = {str(k).replace('-', '_'): v for k, v in (d or {}).items()}
     if 'versions' in options:  # a run wrote it
-        for k in ('versions', 'manifest', 'fingerprints', 'launch', 'out', 'resume', 'resume_anyway'):
+        for k in ('versions', 'manifest', 'fingerprints', 'launch', 'model_folder', 'out', 'resume', 'resume_anyway'):
             options.pop(k, None)
     return options
 

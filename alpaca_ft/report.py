@@ -442,6 +442,8 @@ def write_report(
     if to is None:
         to = runs[0]['folder']/'report.html' if len(runs) == 1 else 'report.html'
     to = Path(to)
+    if to.is_dir():
+        raise Refused(f'{to}: a folder; give the name of a file with --to')
     part = to.with_name(f'.{to.name}.{os.getpid()}')
     try:
         part.write_text(render(runs, running), encoding='utf-8')

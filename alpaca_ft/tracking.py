@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'server_answers', 'wandb_mode', 'start_wandb', 'finish_wandb', 'log_folder', 'evaluation_of', 'tracked_names',
-           'shown_rows', 'log_in_trackio', 'TrackioCB', 'check_tracking', 'wandb_run', 'log_trained', 'WandbTracker',
-           'start_trackio', 'finish_trackio', 'Tracker', 'log_tables', 'log_split', 'write_split', 'unsplit', 'split']
+           'shown_rows', 'log_in_trackio', 'TrackioCB', 'check_wandb', 'check_tracking', 'wandb_run', 'log_trained',
+           'WandbTracker', 'start_trackio', 'finish_trackio', 'Tracker', 'log_tables', 'log_split', 'write_split',
+           'unsplit', 'split']
 
 # %% ../nbs/13_tracking.ipynb #13-003
 import os
+import re
+import shlex
 import shutil
 import sys
 import threading
@@ -105,7 +108,7 @@ def finish_wandb(
     if run.offline:
         here = Path(run.dir).parent
         parts = sorted(here.parent.glob(f'offline-run-*-{run.id}'))  # more than one if it was resumed
-        print(f'W&B: recorded offline; `wandb sync {" ".join(map(str, parts or [here]))}` sends it', file=sys.stderr)
+        print(f'W&B: recorded offline; `wandb sync {shlex.join(map(str, parts or [here]))}` sends it', file=sys.stderr)
 
 # %% ../nbs/13_tracking.ipynb #13-024
 def log_folder(
@@ -204,6 +207,19 @@ class TrackioCB(TrainerCallback):
         if rows:
             self.send(state, {'sample_predictions': trackio.Table(columns=SHOWN, data=rows)})
 
+# %% ../nbs/13_tracking.ipynb #13-ck1
+def check_wandb(
+    project:str,  # W&B's project
+    tags:str='',  # with commas between
+)->None:
+    "Refuse names that W&B does not take, before any work."
+    if len(project) > 128 or any(c in project for c in '/\\#?%:'):
+        raise Refused(f'project is {project!r}; W&B takes up to 128 characters, and none of / \\ # ? % : '
+                      '(a team goes into WANDB_ENTITY)')
+    for tag in tags.split(','):
+        if len(tag) > 64:
+            raise Refused(f'tags: {tag[:20]!r}... has {len(tag)} characters; W&B takes up to 64 in a tag')
+
 # %% ../nbs/13_tracking.ipynb #13-036
 def check_tracking(
     cfg:RunConfig,  # track, log_model
@@ -211,6 +227,8 @@ def check_tracking(
     "Refuse what a tracker cannot do, before any work."
     if cfg.track == 'trackio' and not find_spec('trackio'):
         raise Refused('track is trackio, which is not installed; pip install trackio')
+    if cfg.track == 'wandb':
+        check_wandb(cfg.project, cfg.tags)
     if cfg.log_model and cfg.track != 'wandb':
         raise Refused('log_model sends the model to W&B, so it needs --track wandb')
 
@@ -241,7 +259,7 @@ def log_trained(
     manifest:dict,  # what the run depends on
 )->None:
     "The trained model as an artifact; a failure is told, and ends nothing."
-    name = f'model-{out.name}'
+    name = 'model-' + re.sub(r'[^\w.-]', '-', out.name, flags=re.ASCII)  # W&B takes no other characters
     try:
         evaluation = evaluation_of(out)
     except Exception as e:  # a damaged file; the model is there
@@ -393,6 +411,8 @@ def split(
 )->str:  # what was written
     "The previous article's data preparation: shuffle, hold rows back, write two files, log them."
     out, bad = Path(out), []
+    if track == 'wandb':
+        check_wandb(project)
     if out.exists():
         raise Refused(f'{out}: exists already; give another --out, or remove it')
     found = unsplit(raw, skip_bad_rows, bad, columns)

@@ -42,7 +42,7 @@ from .prefix import available_memory
 from .prompts import (alpaca_chat_template, chat_template, create_prompt_no_answer, is_alpaca, prompt_ids,
                               prompt_input, prompt_no_input, use_template)
 from .report import facts
-from .sampling import as_found, fit_prompt, generate_all, generation_config, prompt_room, visible
+from .sampling import as_found, check_tokens, fit_prompt, generate_all, generation_config, prompt_room, visible
 from .tracking import evaluation_of, finish_wandb, log_folder, start_wandb
 from .trainer import quiet
 
@@ -96,6 +96,7 @@ def load_both(
     check_room(name, dtype or compute_dtype())
     model = load_model(name, dtype=dtype or compute_dtype(), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code)
+    check_tokens(name, model, tokenizer)
     if not config:
         ask_in(tokenizer, template)
     return model, tokenizer, config
@@ -201,6 +202,8 @@ def to_answer(
     "The rows that are asked; raises `Refused`, also where their answers have no place."
     if (instruction is None) == (file is None):
         raise Refused('nothing to answer; give --instruction TEXT or --file ROWS, one of them')
+    if file and input:
+        raise Refused('--input belongs to --instruction, and the rows of --file have their own; leave it out')
     if to:
         check_place(Path(to))
     columns = parse_columns(find_model(run)[1].get('columns'))  # the names that the run's rows had
@@ -411,6 +414,9 @@ def with_message(
     room:int,  # tokens
 )->tuple:  # (the turns that stay, token ids of the conversation or None if there is nothing to answer)
     "The conversation with a new message, or a line that says why it cannot be answered."
+    if any('\ud800' <= c <= '\udfff' for c in message):  # bytes that were no text
+        print('[the message is not UTF-8]')
+        return turns, None
     try:
         turns, ids = within(turns, message, tokenizer, room)
     except Refused as e:  # the chat template does not take it
@@ -488,7 +494,9 @@ def public_name(
 )->str:  # the same id, or the path's last part
     "A name for those who have not this disk."
     path = Path(name)
-    return path.resolve().name if path.is_absolute() or path.exists() else str(name)
+    file = path.suffix.lower() in ('.json', '.jsonl', '.ndjson', '.csv', '.tsv', '.parquet', '.gz', '.gguf')
+    here = path.is_absolute() or path.exists() or file or str(name).count('/') > 1 or str(name).startswith('.')
+    return path.resolve().name if here else str(name)
 
 def weights_in(
     dtype:str,  # of the exported weights
@@ -740,8 +748,7 @@ def fresh_part(
     to:Path,  # a folder that does not exist yet
 )->Path:  # an empty folder beside it
     "Where a folder is written before it gets its name; raises `Refused`."
-    part = to.with_name(to.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)
+    part = to.with_name(f'{to.name}.{os.getpid()}.part')
     try:
         part.mkdir(parents=True)
     except OSError as e:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from alpaca_ft import Refused, RunConfig, load_alpaca, train
@@ -483,3 +484,106 @@ def test_other_model_with_fewer_positions(seeds, tiny, tokenizer, here, command)
     assert alone == 0, err
     each = [json.loads((here/folder/'evaluation.json').read_text()) for folder in ('there', 'alone')]
     assert each[0]['measures'][0] != each[1]['measures'][0]
+
+
+# the model that a run started from
+
+def another(folder, seed):
+    "The tiny model with other weights."
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for p in model.parameters():
+        p.data.normal_()
+    model.save_pretrained(folder)
+
+
+@pytest.fixture
+def begun_here(tiny, rows, here):
+    "A run whose model and rows were named from the working directory."
+    shutil.copytree(tiny, 'tiny')
+    shutil.copy(rows, 'rows.jsonl')
+    common = dict(data='rows.jsonl', n_freeze=2, seq_len=256, max_steps=2, n_samples=0, dtype='fp32')
+    train(RunConfig(model='tiny', out='r1', **common), [])
+    return common
+
+
+def test_base_by_its_folder(begun_here, tiny, here, monkeypatch, command):
+    "In another working directory its name may be another model, or none."
+    evaluate('r1', n_samples=2, max_new_tokens=3)
+    was = json.loads(Path('r1/evaluation.json').read_text())['measures']
+    for place in ('elsewhere', 'nowhere'):
+        Path(place).mkdir()
+        shutil.copy('rows.jsonl', place)
+    shutil.copytree(tiny, 'elsewhere/tiny')
+    another('elsewhere/tiny', 1)
+    for place in ('elsewhere', 'nowhere'):
+        monkeypatch.chdir(here/place)
+        evaluate('../r1', n_samples=2, max_new_tokens=3, to='there')
+        assert json.loads(Path('there/evaluation.json').read_text())['measures'] == was
+    shutil.move(here/'tiny', here/'moved')
+    code, _, err = command('evaluate', '../r1')
+    assert code == 2 and 'not in' in err and 'any more' in err and len(err.splitlines()) == 1, err
+    monkeypatch.chdir(here/'elsewhere')
+    code, _, err = command('evaluate', '../r1')
+    assert code == 2 and 'has other weights than those that ../r1 started from' in err, err
+
+
+def test_adapter_on_other_weights(begun_here, here, command):
+    "An adapter means nothing on another base: refused by every command that loads it."
+    train(RunConfig(model='tiny', out='r2', method='lora', **begun_here), [])
+    assert command('sample', 'r2', '--instruction', 'hi', '--max-new-tokens', 2)[0] == 0
+    another('tiny', 2)
+    for words in (('sample', 'r2', '--instruction', 'hi'), ('evaluate', 'r2'), ('export', 'r2', '--to', 'x'),
+                  ('export', 'r2', '--to', 'x', '--format', 'gguf')):
+        code, _, err = command(*words)
+        assert code == 2 and 'has other weights now' in err and len(err.splitlines()) == 1, err
+
+
+def test_other_run_was_trained_on_the_rows(begun_here, here, command):
+    train(RunConfig(model='tiny', out='r7', seed=7, **begun_here), [])
+    code, out, err = command('evaluate', 'r1', '--against', 'r7', '--n-samples', 2, '--max-new-tokens', 3)
+    assert code == 0 and 'r7: trained on' in out and 'r7: trained on' in err
+    assert json.loads(Path('r1/evaluation.json').read_text())['trained_on']['r7'] > 0
+
+
+def test_prompts_are_the_same_for_both(seeds, tokenizer, here, command, monkeypatch):
+    "The model with fewer positions says how long a prompt may be, before anything is measured."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=2, n_positions=256))
+    short.save_pretrained('short')
+    tokenizer.save_pretrained('short')
+    asked = []
+    own = evaluate.__globals__['generate_all']
+    def noted(prompts, *args, **kw):
+        asked.append(list(prompts))
+        return own(prompts, *args, **kw)
+    monkeypatch.setattr('alpaca_ft.evaluate.generate_all', noted)
+    words = ('evaluate', seeds/'run1', '--against', 'short', '--n-samples', 3, '--to', 'there', '--max-new-tokens')
+    assert command(*words, 120)[0] == 0 and asked[0] == asked[1]
+    code, _, err = command(*words, 250)
+    assert code == 2 and err.splitlines()[-1].startswith(f'alpaca_ft: {seeds}/run1: 6 tokens have no room'), err
+    assert len(asked) == 2
+
+
+def test_rows_that_only_one_has_room_for(here, tiny, command):
+    "Losses of the other one are missing; everything else is said."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    shutil.copytree(tiny, 'bytes')
+    letters = {'<s>': 0, '</s>': 1} | {c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tok = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>',
+                            pad_token='</s>').save_pretrained('bytes')
+    words = 'Tell me about the sea and its ships. '*12
+    Path('one.jsonl').write_text(json.dumps(dict(instruction=words, input='', output='Yes.')) + '\n')
+    code, out, err = command('evaluate', tiny, '--against', 'bytes', '--data', 'one.jsonl', '--max-new-tokens', 3)
+    assert code == 0, err
+    assert 'loss, response' not in out and '1 rows have no room for a response' in out
+
+
+def test_one_run_in_two_spellings(seeds, here, command, monkeypatch):
+    monkeypatch.chdir(seeds)
+    code, out, err = command('evaluate', 'run1', 'run1/', './run1', '--max-new-tokens', 3, '--n-samples', 2)
+    assert code == 0 and 'st. dev.' not in out, err

@@ -386,3 +386,19 @@ def test_push(tiny, rows, tmp_path, command):
         env=os.environ | dict(HF_ENDPOINT='http://127.0.0.1:9', HF_TOKEN='hf_x'),
     )
     assert r.returncode == 2 and 'not sent to the hub' in r.stderr and (tmp_path/'other'/'README.md').exists()
+
+
+def test_names_that_wandb_refuses(tiny, rows, here, command):
+    "Before any work, and the folder is free for the next try."
+    for words, why in ((('--project', 'team/alpaca'), 'project is'), (('--tags', 'a'*65), 'W&B takes up to 64')):
+        code, _, err = command('train', '--model', tiny, '--data', rows, '--out', 'w', '--track', 'wandb', *words)
+        assert code == 2 and why in err and len(err.splitlines()) == 1, err
+        assert not (here/'w').exists()
+    code, _, err = command('split', rows, '--out', 's', '--track', 'wandb', '--project', 'team/alpaca')
+    assert code == 2 and 'WANDB_ENTITY' in err and not (here/'s').exists()
+
+
+def test_artifact_of_a_folder_with_any_name(tiny, rows, tmp_path, capfd):
+    tiny_run(tiny, rows, tmp_path/'run 4 ü', track='wandb', log_model=True)
+    err = capfd.readouterr().err
+    assert 'was not logged' not in err and "'" + str(tmp_path) in err.partition('wandb sync ')[2], err

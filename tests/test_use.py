@@ -613,3 +613,66 @@ def test_settings_of_the_model_are_not_used(tiny, wrapped):
         before = own.to_dict()
         assert answers() == plain, more
         assert inner.generation_config is model.generation_config is own and own.to_dict() == before
+
+
+# what a user may have at hand
+
+def test_tokenizer_that_does_not_fit(tiny, tokenizer, rows, here, command):
+    "Refused in one line by each command that would ask the model."
+    from copy import deepcopy
+    shutil.copytree(tiny, 'larger')
+    larger = deepcopy(tokenizer)
+    larger.add_tokens([f'<<word{i}>>' for i in range(200)])
+    larger.save_pretrained('larger')
+    shutil.copytree(tiny, 'endless')
+    endless = deepcopy(tokenizer)
+    endless.eos_token = None
+    endless.save_pretrained('endless')
+    for model, why in (('larger', 'embeddings; give the tokenizer that belongs to it'), ('endless', 'no EOS token')):
+        for words in (('sample', model, '--instruction', 'hi'), ('chat', model), ('evaluate', model, '--data', rows)):
+            code, _, err = command(*words)
+            assert code == 2 and why in err.splitlines()[-1], (words, err)
+
+
+def test_part_of_others_stays(done, here, command):
+    "A folder beside the place of an export is not ours, whatever its name."
+    Path('mine.part').mkdir()
+    Path('mine.part/notes.txt').write_text('precious')
+    code, _, err = command('export', done.out, '--to', 'mine')
+    assert code == 0, err
+    assert sorted(p.name for p in here.iterdir()) == ['mine', 'mine.part']
+    assert Path('mine.part/notes.txt').read_text() == 'precious'
+
+
+def test_home_is_expanded(done, here, rows, command, monkeypatch):
+    "A shell leaves the ~ of --to=~/mine as it is."
+    monkeypatch.setenv('HOME', str(here/'home'))
+    assert command('export', done.out, '--to=~/mine')[0] == 0
+    assert command('split', rows, '--out=~/rows')[0] == 0
+    assert command('sample', done.out, '--file=~/rows/alpaca_gpt4_eval.jsonl', '--to=~/said.jsonl',
+                   '--max-new-tokens', 2)[0] == 0
+    assert command('report', done.out, '--to=~/page.html')[0] == 0
+    assert sorted(p.name for p in (here/'home').iterdir()) == ['mine', 'page.html', 'rows', 'said.jsonl']
+    assert [p.name for p in here.iterdir()] == ['home']
+
+
+def test_options_that_do_not_go_together(done, rows, here, command):
+    code, _, err = command('sample', done.out, '--file', rows, '--input', 'x')
+    assert code == 2 and '--input belongs to --instruction' in err
+    code, _, err = command('report', done.out, '--to', '.')
+    assert code == 2 and 'a folder; give the name of a file' in err
+
+
+def test_bytes_that_are_no_text(done):
+    "A message that is not UTF-8 ends no chat."
+    r = subprocess.run([sys.executable, '-m', 'alpaca_ft', 'chat', done.out, '--max-new-tokens', '3'],
+                       input=b'hello\ncaf\xe9\nagain\n', capture_output=True, timeout=100,
+                       env=os.environ | {'LC_ALL': 'C'})
+    assert r.returncode == 0 and b'Traceback' not in r.stderr, r.stderr
+
+
+def test_names_on_a_card(here):
+    from alpaca_ft.use import public_name
+    for name, shown in (('priv/customer/secret.jsonl', 'secret.jsonl'), ('priv/secret.jsonl', 'secret.jsonl'),
+                        ('../there', 'there'), ('org/name', 'org/name'), ('gpt2', 'gpt2')):
+        assert public_name(name) == shown
