@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 from .files import sha256, sync, write_whole
 from .model import decoder_layers, first_in_graph, memory_estimate
 from .options import RunConfig, default_of
-from .processes import (added, deaf, first_does, gathered, is_first, lost_process, processes, shared,
+from .processes import (added, deaf, first_does, gathered, is_first, lost_process, processes, reshard, shared,
                                  spread_like)
 
 # %% ../nbs/12_checkpoints.ipynb #12-022
@@ -204,8 +204,11 @@ def whole_tensors(
 )->tuple:  # (weights, what the optimizer keeps): tensors by name; both are empty where nothing is written
     "What trains, and what the optimizer has on it, for the first process; put together if it is spread."
     weights, moments = {}, {}
+    known = {id(p) for group in optimizer.param_groups for p in group['params']}
     for k, p in trained.items():
         keep_whole(weights, k, p.detach())
+        if id(p) not in known:
+            raise RuntimeError(f'{k} trains, but the optimizer does not know it')
         for name, t in optimizer.state[p].items():
             if t is not None:
                 keep_whole(moments, f'{k}|{name}', torch.as_tensor(t))
@@ -411,6 +414,7 @@ class Saver(StopSignals):
 
     def save(self, step):
         "Write the checkpoint of a step, and delete old ones. Of several processes the first does, and all wait."
+        reshard(self.trainer.model)
         first_does(save_step, self, step, *whole_tensors(self.trained(), self.trainer.optimizer))
 
     def last_good(self):

@@ -43,7 +43,7 @@ from .manifest import rows_digest, same_weights
 from .model import Tail, compute_dtype, load_model, load_tokenizer, model_folder
 from .options import RunConfig
 from .prompts import RowCheck, prompt_ids, same_template, tokenize
-from .sampling import check_tokens, fit_prompt, generate_all, printable, prompt_room, visible
+from .sampling import check_tokens, fit_prompt, generate_all, most_positions, printable, prompt_room, visible
 from .stream import open_stream
 from .trainer import PackedLoss, StepCollator, on_device, quiet, row_sums
 
@@ -991,7 +991,7 @@ def check_models(
             raise Refused(f'{name}, asked in the template of {next(iter(models))}: {e}') from None
         empty = load_model(model, device_map='meta', trust_remote_code=trust_remote_code)  # its files, not the numbers
         check_tokens(name, empty, tokenizer)
-        limits[name] = getattr(empty.config.get_text_config(), 'max_position_embeddings', None) or math.inf
+        limits[name] = most_positions(empty.config) or math.inf
     return limits
 
 # %% ../nbs/08_evaluate.ipynb #88680989

@@ -229,13 +229,12 @@ def with_states(
 def both_passes(
     loss:PackedLoss,  # what is trained
     batch:dict,  # a micro-batch, see `make_batches`
-    number:int,  # micro-batches in the step
     tally:Tally,  # at work
 )->None:
     "The forward and the backward pass of a micro-batch."
     tally.kind = 'activations'
     with Patience(tally):
-        result = loss(**batch, divisor=1, micro_batches=number)
+        result = loss(**batch, divisor=1)
     tally.kind = 'temporaries'
     result.backward(torch.tensor(1., device=result.device))  # a number that is known without contents
 
@@ -261,12 +260,12 @@ def step_peaks(
     optim:str='adamw_torch_fused',  # the optimizer, as transformers calls it
 )->dict:  # moment: bytes by kind
     "The worst moments of an optimizer step and of an evaluation after it."
-    params, found, number = watch(loss, tally), {}, len(batches)
+    params, found = watch(loss, tally), {}
     tally.see([v for batch in batches for v in batch.values()], 'batches')
     optimizer = with_states(params, optim, tally)
     tally.again()
     for batch in batches[:2]:
-        both_passes(loss, batch, number, tally)
+        both_passes(loss, batch, tally)
     nn.utils.clip_grad_norm_(params, 1.)
     optimizer.step()
     found['a training step'] = tally.at_peak

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ELSEWHERE', 'WAIT', 'started', 'processes', 'rank', 'is_first', 'restarts', 'may_restart', 'launch_name', 'wants',
            'check_sharding', 'check_launch', 'alone_on_cpu', 'connect', 'disconnect', 'everyone', 'added', 'gathered',
-           'spread_like', 'portable', 'lost_process', 'shared', 'each_does', 'first_does', 'deaf', 'together', 'speaks']
+           'spread_like', 'reshard', 'portable', 'lost_process', 'shared', 'each_does', 'first_does', 'deaf',
+           'together', 'speaks']
 
 # %% ../nbs/a8_processes.ipynb #a8-003
 import os
@@ -167,6 +168,15 @@ def spread_like(
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+# %% ../nbs/a8_processes.ipynb #a8-rs1
+def reshard(
+    model,  # a module, spread by FSDP2 or not
+)->None:
+    "Take apart what a forward pass without a backward pass has left together."
+    for module in model.modules():
+        if hasattr(module, 'reshard'):
+            module.reshard()
 
 # %% ../nbs/a8_processes.ipynb #a8-031
 def portable(

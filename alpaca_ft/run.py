@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOKENIZERS', 'Loaded', 'Run', 'train', 'train_and_save', 'make_folder', 'take_lock', 'remove_folder', 'run_folder',
            'the_folder', 'check_share', 'untracked', 'started_again', 'read_and_pack', 'pack_rows', 'begin_stream',
-           'stream_report', 'largest_token', 'check_fit', 'load_whole', 'load_large', 'keep_at_hand', 'prepare',
-           'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'check_gradients', 'in_words',
+           'stream_report', 'largest_token', 'check_fit', 'load_whole', 'load_large', 'keep_at_hand', 'row_by_row',
+           'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'check_gradients', 'in_words',
            'measure_step', 'why_not_kept', 'try_states', 'count_states', 'decide_for_whole', 'decide_by_layer',
            'decide_states', 'preflight', 'known', 'count_memory', 'experts_in_fp32', 'notes', 'check', 'memory_report',
            'config_alone', 'shape_alone', 'check_tokenizer', 'rows_if_any', 'prepare_shape', 'agree', 'other_states',
@@ -53,7 +53,8 @@ from .processes import (each_does, everyone, is_first, first_does, launch_name, 
                                  shared, together)
 from .prompts import largest_id, tokenize, use_template
 from .report import ReportCB, preflight_lines
-from .sampling import LLMSampleCB, fit_prompt, forked, in_colour, prompt_room, row_documents, show_row
+from .sampling import (LLMSampleCB, fit_prompt, forked, in_colour, most_positions, prompt_room,
+                                row_documents, show_row)
 from .stream import START, BadRow, PackedStream, count, open_stream, stream_lines
 from .speed import Step, choose_step, leakage_between
 from .tracking import Tracker, check_tracking
@@ -364,7 +365,7 @@ def check_fit(
     if run.cfg.activation_checkpointing and not run.model.supports_gradient_checkpointing:
         raise Refused(f'{name}: {type(run.model).__name__} has no activation checkpointing; '
                       'leave --activation-checkpointing out')
-    limit = getattr(run.model.config.get_text_config(), 'max_position_embeddings', None)
+    limit = most_positions(run.model.config)
     if limit and run.cfg.seq_len > limit:
         raise Refused(f'seq_len is {run.cfg.seq_len}, but {name} has {limit} positions; give at most that')
     if run.cfg.n_samples and not run.large:
@@ -412,6 +413,14 @@ def keep_at_hand(
         raise Refused(f'{run.cfg.model}: FSDP needs its safetensors files at hand, to put the whole model together '
                       'again; give a folder')
 
+# %% ../nbs/16_run.ipynb #16-rr1
+def row_by_row(
+    run,  # Run with its model
+)->RunConfig:  # its options
+    "Micro-batches of one row for a model that is trained on its routers' loss too."
+    routers = getattr(run.model.config.get_text_config(), 'output_router_logits', False)
+    return replace(run.cfg, micro_batch_size=1) if routers and run.cfg.micro_batch_size > 1 else run.cfg
+
 # %% ../nbs/16_run.ipynb #16-029
 def prepare(
     cfg:RunConfig,  # the options
@@ -432,7 +441,9 @@ def prepare(
         load_large(run)
     else:
         load_whole(run)
-    run.manifest = make_manifest(cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test,
+    run.cfg = row_by_row(run)
+    run.report['row_by_row'] = run.cfg is not cfg
+    run.manifest = make_manifest(run.cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test,
                                  run.choice)
     if run.stream:
         run.manifest.data = run.stream.rows.identity()
@@ -694,6 +705,8 @@ def notes(
         lines.append('memory may be short, so what was freed goes back at once (a little slower)')
     if run.large and run.cfg.n_samples:
         lines.append('samples: left out, because they need every layer for every token')
+    if run.report.get('row_by_row'):
+        lines.append("the routers' loss is a mean over a row, so rows are taken one at a time (--micro-batch-size 1)")
     if run.place and run.place.dtype == torch.bfloat16 and experts_in_fp32(run.model):
         lines.append('experts that train are computed in fp32; --train-dtype bf16 computes them in bf16')
     if still := run.report.get('without_gradient'):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['forked', 'replaced', 'as_found', 'generation_config', 'check_tokens', 'answer_batch', 'generate_all', 'generate',
-           'fit_prompt', 'fit_chat', 'prompt_room', 'printable', 'visible', 'text_pieces', 'row_documents', 'in_colour',
-           'show_row', 'table_rows', 'answering_model', 'shared_answers', 'try_to_sample', 'sample_rows',
-           'write_samples', 'earlier_samples', 'show_samples', 'log_sample_table', 'Sampler', 'LLMSampleCB', 'asked_of',
-           'before_after']
+           'fit_prompt', 'fit_chat', 'most_positions', 'prompt_room', 'printable', 'visible', 'text_pieces',
+           'row_documents', 'in_colour', 'show_row', 'table_rows', 'answering_model', 'shared_answers', 'try_to_sample',
+           'sample_rows', 'write_samples', 'earlier_samples', 'show_samples', 'log_sample_table', 'Sampler',
+           'LLMSampleCB', 'asked_of', 'before_after']
 
 # %% ../nbs/06_sampling.ipynb #05-003
 import os
@@ -213,6 +213,14 @@ def fit_chat(
         n = max(1, n - over)
         turns[-1] = dict(role='user', content=tokenizer.decode(ids[:n]))
 
+# %% ../nbs/06_sampling.ipynb #06-po1
+def most_positions(
+    config,  # of a model
+)->int|None:  # None: its config has no limit
+    "Tokens that a model reads at once, at most; MPT has another name for it."
+    text = config.get_text_config()
+    return getattr(text, 'max_position_embeddings', None) or getattr(text, 'max_seq_len', None)
+
 # %% ../nbs/06_sampling.ipynb #06-pr2
 def prompt_room(
     config,  # of the model
@@ -220,7 +228,7 @@ def prompt_room(
     max_new_tokens:int,  # in an answer, at most
 )->int:  # tokens of a prompt, at most
     "What a row has room for, or less if the answer would go on behind the model's last position."
-    limit = getattr(config.get_text_config(), 'max_position_embeddings', None)
+    limit = most_positions(config)
     return min(seq_len, max(0, limit - max_new_tokens)) if limit else seq_len
 
 # %% ../nbs/06_sampling.ipynb #05-032

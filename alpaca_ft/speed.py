@@ -7,7 +7,7 @@ __all__ = ['IGNORED', 'BY_DOCUMENT', 'FLASH', 'MASKED', 'ALONE', 'PIECE', 'FEW_L
            'document_attention', 'added_masks', 'by_own_mask', 'has_experts', 'rounding', 'leakage_between',
            'loss_in_pieces', 'add_in_pieces', 'LinearLoss', 'linear_loss', 'torch_linear_loss', 'liger_linear_loss',
            'Step', 'candidates', 'head_is_plain', 'attention_is_plain', 'ways', 'piece_of', 'loss_and_gradients',
-           'apart', 'said', 'documents_alone', 'why_wrong', 'in_words', 'choose_step']
+           'apart', 'said', 'documents_alone', 'why_wrong', 'in_words', 'check_long_rope', 'choose_step']
 
 # %% ../nbs/11_speed.ipynb #11-003
 import math
@@ -482,6 +482,21 @@ def in_words(
         kind = 'each document is computed in a row of its own'
     return f'speed: {kind}, because {"; ".join(why_not)}'
 
+# %% ../nbs/11_speed.ipynb #11-lr1
+def check_long_rope(
+    config,  # of the model
+    longest:int,  # tokens of the longest document in training or evaluation rows
+)->None:
+    "Refuse documents beyond the length at which LongRoPE changes its rotations."
+    text = config.get_text_config()
+    ropes = getattr(text, 'rope_parameters', None) or {}
+    each = [r for r in ropes.values() if isinstance(r, dict)] or [ropes]  # kinds of layers may have their own
+    for rope in each:
+        limit = rope.get('original_max_position_embeddings') or getattr(text, 'original_max_position_embeddings', None)
+        if rope.get('rope_type') == 'longrope' and limit and longest > limit:
+            raise Refused(f'a document has {longest:,} tokens, and beyond {limit:,} this model (LongRoPE) reads all '
+                          f'documents of a step in another way; give --seq-len {limit} at most')
+
 # %% ../nbs/11_speed.ipynb #11-073-s1-s1-s1
 def choose_step(
     model,  # after `freeze`
@@ -491,6 +506,7 @@ def choose_step(
     micro_batch:int=1,  # packed rows in a forward pass
 )->Step:  # what to train with
     "The fastest step whose loss and gradients on packed documents are those of the documents alone; or `Refused`."
+    check_long_rope(model.config, longest)
     window = getattr(model.config.get_text_config(), 'sliding_window', None) or longest
     both, alone = piece_of(train[0], 192 if window >= longest else max(192, 2*window))  # longer than a window
     steps, why_not = ways(model, longest, micro_batch*len(train[0]['input_ids']))

@@ -33,7 +33,8 @@ from .files import append_jsonl
 from .model import Tail, checkpoint_trained, decoder_layers, drawn, layer_weights
 from .options import RunConfig, plan
 from .packing import PackedCollator, evaluating
-from .processes import added, alone_on_cpu, everyone, is_first, processes, rank, shared, wants, gathered
+from .processes import (added, alone_on_cpu, everyone, gathered, is_first, processes, rank, reshard, shared,
+                                 wants)
 # importable from here, as ever
 from .options import CHOICES, PRESETS, check_options, option_help, read_config  # noqa: F401
 
@@ -178,8 +179,9 @@ class StepCollator:
         pad_id:int,  # fills short rows
         loss_on:str,  # `all` or `response`
         states=None,  # kept states: row number -> (tokens, hidden); None: the batch holds token ids
+        multiple:int=64,  # rows are padded to a multiple of this
     ):
-        self.collate, self.states = PackedCollator(pad_id, loss_on, 64), states
+        self.collate, self.states = PackedCollator(pad_id, loss_on, multiple), states
 
     def __call__(self,
         rows:list,  # dicts with input_ids, completion_mask, seq_lengths, and row (its number) if states are kept
@@ -237,10 +239,10 @@ class ForTrainer(nn.Module):
     def add_model_tags(self, tags):
         "TRL tags the models that it trains; the tags would go into a model card that we write ourselves."
 
-    def router_part(self, out, n_labels, micro_batches):
-        "What the second loss of a micro-batch adds to the loss of the step."
-        weight = self.router_weight if n_labels else 0.  # an empty micro-batch only fills a process's turn
-        return weight*out.aux_loss/micro_batches  # a mean over the micro-batch, as transformers computes it
+    def router_part(self, out, share):
+        "What the second loss of a micro-batch, which has a share of the step's labels, adds to the loss of the step."
+        aux_loss = getattr(out, 'aux_loss', None)  # some classes compute none, whatever their config says
+        return 0. if aux_loss is None else self.router_weight*share*aux_loss
 
 # %% ../nbs/07_trainer.ipynb #11383d33
 def labelled_hidden(
@@ -265,7 +267,7 @@ class PackedLoss(ForTrainer):
         self.head = head
 
     def forward(self, position_ids, labels, response, predict, columns, picked, document_lengths,
-                input_ids=None, kept_states=None, n_tokens=None, divisor=None, micro_batches=1, each_token=False):
+                input_ids=None, kept_states=None, n_tokens=None, divisor=None, each_token=False):
         "The loss: its sum over `divisor` (by default the labels of the batch); or the loss of each labelled token."
         feed = dict(position_ids=position_ids, document_lengths=document_lengths, input_ids=input_ids,
                     kept_states=kept_states)
@@ -279,7 +281,7 @@ class PackedLoss(ForTrainer):
         if each_token:
             return losses
         loss = losses.sum()/divisor
-        return loss + self.router_part(out, len(predict), micro_batches) if self.router_loss else loss
+        return loss + self.router_part(out, len(predict)/divisor) if self.router_loss else loss
 
 # %% ../nbs/07_trainer.ipynb #07-048
 def row_sums(
@@ -341,7 +343,8 @@ class OrderedTrainer(SFTTrainer):
     ):
         pad_id = kw['processing_class'].pad_token_id
         self.cfg, self.start, self.stream = cfg, start, stream
-        super().__init__(model, data_collator=StepCollator(pad_id, cfg.loss_on, states), **kw)
+        collate = StepCollator(pad_id, cfg.loss_on, states, 1 if model.router_loss else 64)
+        super().__init__(model, data_collator=collate, **kw)
         self.model_accepts_loss_kwargs = True  # count the step's labels and hand them to compute_loss
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -362,8 +365,7 @@ class TokenMeanTrainer(OrderedTrainer):
     "The loss of a step and of an evaluation as means over tokens, where TRL's evaluation is a mean of batch means."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Sum of the micro-batch's token losses over the labels of the whole step."
-        all_of_them = self.cfg.batch_size//self.cfg.micro_batch_size
-        loss = model(**inputs, divisor=num_items_in_batch, micro_batches=all_of_them)
+        loss = model(**inputs, divisor=num_items_in_batch)
         return loss*processes() if processes() > 1 else loss  # DDP takes the mean over processes
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -380,6 +382,7 @@ class TokenMeanTrainer(OrderedTrainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 losses = self.model(**on_device(batch, self.args.device), each_token=True)
                 sums.append(row_sums(losses, batch))
+        reshard(self.model)
         loss, on_responses = mean_losses(everyone(sums))
         metrics = {f'{metric_key_prefix}_loss': loss, f'{metric_key_prefix}_response_loss': on_responses}
         self.log(metrics)

@@ -42,7 +42,8 @@ from .prefix import available_memory
 from .prompts import (alpaca_chat_template, chat_template, create_prompt_no_answer, is_alpaca, prompt_ids,
                               prompt_input, prompt_no_input, use_template)
 from .report import facts
-from .sampling import as_found, check_tokens, fit_prompt, generate_all, generation_config, prompt_room, visible
+from .sampling import (as_found, check_tokens, fit_prompt, generate_all, generation_config, most_positions,
+                                prompt_room, visible)
 from .tracking import evaluation_of, finish_wandb, log_folder, start_wandb
 from .trainer import quiet
 
@@ -79,7 +80,7 @@ def positions(
     model,  # causal language model
 )->int:  # 2048 where its config has no limit
     "Tokens that a model reads at once, at most."
-    return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 2048
+    return most_positions(model.config) or 2048
 
 # %% ../nbs/17_use.ipynb #17-006
 def load_both(

@@ -741,6 +741,83 @@ def test_routers_have_their_loss(here, rows, tokenizer):
     assert run.report['prefix_cache'] == 'off' and run.step.head is None and len(losses('run')) == 2
 
 
+def with_router_loss(folder, tokenizer, **kw):
+    "A small Mixtral that is trained on its routers' loss."
+    from transformers import MixtralConfig, MixtralForCausalLM
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(
+        vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, num_local_experts=4, num_experts_per_tok=2,
+        output_router_logits=True, router_aux_loss_coef=0.5, bos_token_id=0, eos_token_id=1, pad_token_id=1, **kw))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_loss_of_routers_in_a_step(here, rows, tokenizer):
+    "A mean over the step's labels of what each row has alone, without padding, whatever the batch and its parts."
+    import matrix
+    from alpaca_ft import load_alpaca, pack, split_alpaca, tokenize
+    model = with_router_loss('mixtral', tokenizer)
+    common = dict(seq_len=200, prefix_cache='off', n_samples=0)
+    one, four, parts = (run_config('./mixtral', rows, name, max_steps=1, **common, **more) for name, more in (
+        ('one', dict(batch_size=1)), ('four', dict(batch_size=4)), ('parts', dict(batch_size=4, micro_batch_size=2))))
+    runs = [train(cfg) for cfg in (one, four, parts)]
+    packed = pack(tokenize(split_alpaca(load_alpaca(str(rows))['train'], 42)['train'], tokenizer), 200)[0]
+    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(42)).tolist()
+    for run, n in zip(runs, (1, 4, 4)):
+        total, labels = 0, 0
+        for i in order[:n]:
+            row = packed[i]
+            ids = torch.tensor([row['input_ids']])
+            position_ids = torch.cat([torch.arange(length) for length in row['seq_lengths']])[None]
+            with torch.no_grad():
+                out = model(input_ids=ids, position_ids=position_ids, use_cache=False, output_router_logits=True)
+            loss, own = matrix.loss_and_tokens(model, row, 'all', 'fp32')
+            total, labels = total + loss.item() + 0.5*out.aux_loss.item()*own, labels + own
+        assert losses(run.out)[0] == pytest.approx(total/labels, abs=2e-5), (run.out, n)
+    assert losses('four') == losses('parts') and runs[2].cfg.micro_batch_size == 1
+
+
+def test_class_without_a_loss_of_routers(here, rows, tokenizer):
+    "Llama 4's config has the options, and its class computes no such loss."
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+    torch.manual_seed(0)
+    Llama4ForCausalLM(Llama4TextConfig(
+        vocab_size=640, hidden_size=32, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512, num_local_experts=4,
+        num_experts_per_tok=1, output_router_logits=True, router_aux_loss_coef=0.1, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1)).save_pretrained('llama4')
+    tokenizer.save_pretrained('llama4')
+    train(run_config('./llama4', rows, 'run', max_steps=2))
+    assert len(losses('run')) == 2
+
+
+def test_long_rope(here, rows, tokenizer):
+    "Beyond the length where its rotations change, all documents of a step would be read as if they were long."
+    from transformers import Phi3Config, Phi3ForCausalLM
+    torch.manual_seed(0)
+    rope = dict(rope_type='longrope', rope_theta=1e4, short_factor=[1.]*4, long_factor=[4., 8., 16., 32.],
+                original_max_position_embeddings=150)
+    Phi3ForCausalLM(Phi3Config(
+        vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, original_max_position_embeddings=150, rope_parameters=rope,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1)).save_pretrained('phi')
+    tokenizer.save_pretrained('phi')
+    with pytest.raises(Refused, match='give --seq-len 150 at most'):
+        train(run_config('./phi', rows, 'run', max_steps=2, seq_len=256))
+    assert not Path('run').exists()
+    train(run_config('./phi', rows, 'run', max_steps=2, seq_len=150))
+
+
+def test_positions_of_mpt(here, rows, tokenizer):
+    from transformers import MptConfig, MptForCausalLM
+    MptForCausalLM(MptConfig(vocab_size=640, d_model=32, n_layers=4, n_heads=4, max_seq_len=192)).save_pretrained('mpt')
+    tokenizer.save_pretrained('mpt')
+    with pytest.raises(Refused, match='has 192 positions; give at most that'):
+        train(run_config('./mpt', rows, 'run', max_steps=2, seq_len=256))
+
+
 def test_states_are_read_ahead(tmp_path):
     from alpaca_ft.prefix import map_states, write_states
     rows = [torch.randn(n, 8).to(torch.bfloat16) for n in (700, 1, 900)]

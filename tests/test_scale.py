@@ -265,6 +265,20 @@ def test_weights_spread(argv, name):
         assert apart('one', 'spread') < 1e-5
 
 
+def test_checkpoint_after_an_evaluation(argv):
+    "FSDP2: what an evaluation has put together is taken apart before a checkpoint is written; else moments are lost."
+    more = ['--save-every', 2, '--eval-every', 2, '--n-samples', 0]
+    good(*several.run(2, argv('whole', *more), env=FSDP))
+    codes, logs = several.run(2, argv('killed', *more), env=FSDP, before=lambda number: matrix.kill_at(5))
+    assert codes == [-9, -9], logs
+    from safetensors.torch import load_file
+    weights = load_file('killed/checkpoints/step-4/weights.safetensors')
+    moments = load_file('killed/checkpoints/step-4/optimizer.safetensors')
+    assert set(weights) == {name.rpartition('|')[0] for name in moments}
+    good(*several.run(2, argv('killed', *more, '--resume'), env=FSDP))
+    assert metrics('whole') == metrics('killed') and apart('whole', 'killed') == 0
+
+
 @pytest.mark.slow
 def test_from_spread_to_copied(argv):
     "A run killed under FSDP2 goes on under DDP, is killed again, and FSDP2 ends it."
