@@ -6,10 +6,10 @@
 __all__ = ['LOGS', 'write_checkpoint', 'remove_checkpoint', 'step_of', 'checkpoints', 'tidy', 'damage', 'last_complete',
            'random_states', 'set_random_states', 'Stopped', 'resume_command', 'read_state', 'keep_whole',
            'whole_tensors', 'log_lengths', 'run_state', 'write_contents', 'save_step', 'put_weights', 'read_moments',
-           'put_moments', 'put_exact', 'put_back', 'signals_to', 'StopSignals', 'Saver', 'Checkpoints', 'cut_logs',
-           'shorter_log', 'best_folder', 'refers_to', 'lost', 'best_measure', 'BestSoFar', 'write_weights', 'keep_best',
-           'tidy_best', 'BestWeights', 'Best', 'Failed', 'out_of_memory', 'gib', 'fewer_layers', 'memory_advice',
-           'disk_trouble', 'explained']
+           'put_moments', 'put_exact', 'put_back', 'signals_to', 'StopSignals', 'all_of', 'Saver', 'Checkpoints',
+           'cut_logs', 'shorter_log', 'best_folder', 'refers_to', 'lost', 'best_measure', 'BestSoFar', 'write_weights',
+           'keep_best', 'tidy_best', 'BestWeights', 'Best', 'Failed', 'out_of_memory', 'gib', 'fewer_layers',
+           'memory_advice', 'disk_trouble', 'explained']
 
 # %% ../nbs/12_checkpoints.ipynb #12-003
 import errno
@@ -390,6 +390,14 @@ class StopSignals(TrainerCallback):
             self.signal = 'a signal to another process'
         return came  # and not self.signal, which may have come since: it is for the next step
 
+# %% ../nbs/12_checkpoints.ipynb #12-ao1
+def all_of(
+    saver,  # see `Saver`
+)->tuple:  # see `whole_tensors`
+    "What trains now, and what the optimizer keeps on it."
+    reshard(saver.trainer.model)
+    return whole_tensors(saver.trained(), saver.trainer.optimizer)
+
 # %% ../nbs/12_checkpoints.ipynb #12-cs5
 class Saver(StopSignals):
     "Saves the run as it is between two steps."
@@ -414,8 +422,7 @@ class Saver(StopSignals):
 
     def save(self, step):
         "Write the checkpoint of a step, and delete old ones. Of several processes the first does, and all wait."
-        reshard(self.trainer.model)
-        first_does(save_step, self, step, *whole_tensors(self.trained(), self.trainer.optimizer))
+        first_does(save_step, self, step, *all_of(self))
 
     def last_good(self):
         "Which checkpoint there is, for a message."

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['INSTEAD', 'NEUTRAL', 'LEAST', 'FEW', 'MEASURES', 'INTERVALS', 'JUDGE', 'KEYS', 'READERS', 'PAGE', 'weights_of',
            'check_base', 'find_model', 'run_options', 'load_rows', 'reworded', 'held_out', 'summed_losses',
-           'row_losses', 'neutral_losses', 'repetition', 'measure', 'sums_and_counts', 't_value', 'interval',
-           'share_interval', 'median_interval', 'values_of', 'statistic', 'compare_measure', 'compare', 'shown',
-           'comparison_lines', 'noise', 'spread_lines', 'ask_judge', 'ask_once', 'judge', 'local_files', 'read_task',
-           'check_tasks', 'run_tasks', 'evaluation_page', 'side_by_side', 'judge_pairs', 'started_from', 'base_of',
-           'who', 'trained_on', 'trained_lines', 'common_rows', 'write_results', 'both_cut', 'notes', 'summary',
-           'write_each', 'judge_line', 'check_judge', 'heads', 'how_measured', 'leave', 'check_models', 'check_places',
-           'places', 'common_room', 'measure_each', 'as_text', 'evaluate', 'NoRedirect', 'host_of', 'judge_headers']
+           'row_losses', 'neutral_losses', 'repetition', 'vocabulary_digest', 'measure', 'sums_and_counts', 't_value',
+           'interval', 'share_interval', 'median_interval', 'values_of', 'statistic', 'compare_measure', 'compare',
+           'shown', 'comparison_lines', 'noise', 'spread_lines', 'ask_judge', 'ask_once', 'judge', 'local_files',
+           'read_task', 'check_tasks', 'run_tasks', 'evaluation_page', 'side_by_side', 'judge_pairs', 'started_from',
+           'base_of', 'who', 'trained_on', 'trained_lines', 'of_other', 'common_rows', 'write_results', 'both_cut',
+           'notes', 'summary', 'write_each', 'judge_line', 'check_judge', 'heads', 'how_measured', 'leave',
+           'check_models', 'check_places', 'places', 'common_room', 'measure_each', 'as_text', 'evaluate', 'NoRedirect',
+           'host_of', 'judge_headers']
 
 # %% ../nbs/08_evaluate.ipynb #08-003
 import hashlib
@@ -213,6 +214,13 @@ def repetition(
     grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams))/len(grams) if grams else 0.
 
+# %% ../nbs/08_evaluate.ipynb #08-vd1
+def vocabulary_digest(
+    tokenizer,  # of a model
+)->str:  # 64 hex digits
+    "A name for a vocabulary: losses of two models count the same tokens only where it is the same."
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
 # %% ../nbs/08_evaluate.ipynb #08-029
 def measure(
     name:str,  # what `load_model` takes
@@ -234,12 +242,11 @@ def measure(
     asked = rows if n_samples is None else rows.select(range(min(n_samples, len(rows))))
     room = prompt_room(model.config, seq_len, max_new_tokens) if room is None else room
     prompts = [fit_prompt(r, tokenizer, room) for r in asked]
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return dict(losses=row_losses(model, tokenizer, rows, seq_len), neutral=neutral_losses(model, tokenizer, seq_len),
                 answers=generate_all(prompts, model, tokenizer, max_new_tokens, bar=True),
                 references=[len(prompt_ids(r['output'], tokenizer, first=False)) for r in asked],
                 tasks=run_tasks(tasks, model, tokenizer) if tasks else {},
-                vocabulary=hashlib.sha256(vocabulary).hexdigest())
+                vocabulary=vocabulary_digest(tokenizer))
 
 # %% ../nbs/08_evaluate.ipynb #08-035
 def sums_and_counts(
@@ -784,6 +791,15 @@ def trained_lines(
             said.append(f'{name}: trained on {n:,} of these rows, which are no test of it')
     return said
 
+# %% ../nbs/08_evaluate.ipynb #08-oo1
+def of_other(
+    other:str,  # the model that runs are compared with, or None
+    trust_remote_code:bool=False,  # run Python code that comes with it
+)->list:  # (name, config, tokenizer), if it is a run
+    "What is needed to see which rows the other model was trained on."
+    name, config = find_model(other) if other else (None, {})
+    return [(other, config, load_tokenizer(name, trust_remote_code))] if config else []
+
 # %% ../nbs/08_evaluate.ipynb #08-n87
 def common_rows(
     runs:list,  # names, for the message
@@ -799,9 +815,7 @@ def common_rows(
         tokenizers.append(load_tokenizer(find_model(run)[0], trust_remote_code))
     rows = held_out(configs[0], data, tokenizers[0])
     each = list(zip(runs, configs, tokenizers)) if data else []
-    if other:
-        name, config = find_model(other)
-        each.append((other, config, load_tokenizer(name, trust_remote_code) if config else None))
+    each += of_other(other, trust_remote_code)
     trained = {run: trained_on(config, rows, tokenizer) for run, config, tokenizer in each if config}
     if data:
         return rows, trained

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['TOKENIZERS', 'Loaded', 'Run', 'train', 'train_and_save', 'make_folder', 'take_lock', 'remove_folder', 'run_folder',
            'the_folder', 'check_share', 'untracked', 'started_again', 'read_and_pack', 'pack_rows', 'begin_stream',
-           'stream_report', 'largest_token', 'check_fit', 'load_whole', 'load_large', 'keep_at_hand', 'row_by_row',
-           'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'check_gradients', 'in_words',
-           'measure_step', 'why_not_kept', 'try_states', 'count_states', 'decide_for_whole', 'decide_by_layer',
-           'decide_states', 'preflight', 'known', 'count_memory', 'experts_in_fp32', 'notes', 'check', 'memory_report',
-           'config_alone', 'shape_alone', 'check_tokenizer', 'rows_if_any', 'prepare_shape', 'agree', 'other_states',
-           'compared', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin', 'keep_states', 'keep_by_layer',
-           'what_trains', 'put_back', 'add_guards', 'release_frozen', 'add_samples', 'add_onlookers', 'build_trainer',
-           'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result', 'what_is_left', 'in_a_line',
-           'finish']
+           'stream_report', 'largest_token', 'check_fit', 'load_whole', 'load_large', 'keep_at_hand', 'check_training',
+           'row_by_row', 'prepare', 'fullest_row', 'probe', 'synchronize', 'may_be_without_gradient', 'check_gradients',
+           'in_words', 'measure_step', 'why_not_kept', 'try_states', 'count_states', 'decide_for_whole',
+           'decide_by_layer', 'decide_states', 'preflight', 'known', 'count_memory', 'experts_in_fp32', 'notes',
+           'check', 'memory_report', 'config_alone', 'shape_alone', 'check_tokenizer', 'rows_if_any', 'prepare_shape',
+           'agree', 'other_states', 'compared', 'go_on', 'check_disk', 'try_saving_all', 'write_start', 'begin',
+           'keep_states', 'keep_by_layer', 'what_trains', 'put_back', 'add_guards', 'release_frozen', 'add_samples',
+           'add_onlookers', 'build_trainer', 'stopped_by_rows', 'train_steps', 'take_best', 'rescued', 'save_result',
+           'what_is_left', 'in_a_line', 'finish']
 
 # %% ../nbs/16_run.ipynb #16-003
 import json
@@ -413,13 +413,25 @@ def keep_at_hand(
         raise Refused(f'{run.cfg.model}: FSDP needs its safetensors files at hand, to put the whole model together '
                       'again; give a folder')
 
+# %% ../nbs/16_run.ipynb #16-ct1
+def check_training(
+    cfg:RunConfig,  # train_dtype, optim
+    place:Place,  # where the run computes
+)->None:
+    "Refuse bf16 weights where products are computed in fp32, and an optimizer that is not there."
+    if cfg.train_dtype == 'bf16' and place.dtype != torch.bfloat16:
+        raise Refused('train_dtype is bf16, but products are computed in fp32 here; give --dtype bf16')
+    check_optim(cfg.optim)
+
 # %% ../nbs/16_run.ipynb #16-rr1
 def row_by_row(
     run,  # Run with its model
-)->RunConfig:  # its options
+)->None:
     "Micro-batches of one row for a model that is trained on its routers' loss too."
     routers = getattr(run.model.config.get_text_config(), 'output_router_logits', False)
-    return replace(run.cfg, micro_batch_size=1) if routers and run.cfg.micro_batch_size > 1 else run.cfg
+    run.report['row_by_row'] = bool(routers) and run.cfg.micro_batch_size > 1
+    if run.report['row_by_row']:
+        run.cfg = replace(run.cfg, micro_batch_size=1)
 
 # %% ../nbs/16_run.ipynb #16-029
 def prepare(
@@ -429,9 +441,7 @@ def prepare(
     "Load, check, pack and freeze; nothing is written. Raises `Refused`."
     quiet()
     run = Run(cfg, place or settle(cfg.dtype))
-    if cfg.train_dtype == 'bf16' and run.place.dtype != torch.bfloat16:
-        raise Refused('train_dtype is bf16, but products are computed in fp32 here; give --dtype bf16')
-    check_optim(cfg.optim)
+    check_training(cfg, run.place)
     read_and_pack(run)
     run.report['process_bytes'] = at_work_already(run.place.dtype)
     run.report['gives_back'] = spare_memory(cfg.model, run.place)
@@ -441,8 +451,7 @@ def prepare(
         load_large(run)
     else:
         load_whole(run)
-    run.cfg = row_by_row(run)
-    run.report['row_by_row'] = run.cfg is not cfg
+    row_by_row(run)
     run.manifest = make_manifest(run.cfg, run.place, run.model, run.tokenizer, run.rows, run.train, run.test,
                                  run.choice)
     if run.stream:

@@ -6,7 +6,7 @@
 __all__ = ['SHOWN', 'server_answers', 'wandb_mode', 'start_wandb', 'finish_wandb', 'log_folder', 'evaluation_of', 'tracked_names',
            'shown_rows', 'log_in_trackio', 'TrackioCB', 'check_wandb', 'check_tracking', 'wandb_run', 'log_trained',
            'WandbTracker', 'start_trackio', 'finish_trackio', 'Tracker', 'log_tables', 'log_split', 'write_split',
-           'unsplit', 'split']
+           'unsplit', 'check_split', 'split']
 
 # %% ../nbs/13_tracking.ipynb #13-003
 import os
@@ -398,6 +398,16 @@ def unsplit(
         raise Refused(f'{raw}: has {", ".join(found)}, but no train split; give rows that are not split yet')
     return found
 
+# %% ../nbs/13_tracking.ipynb #13-cs1
+def check_split(
+    out:Path,  # where the files go
+    project:str,  # W&B's project, or empty
+)->None:
+    "Refuse a folder that is there, and a project that W&B does not take."
+    check_wandb(project)
+    if out.exists():
+        raise Refused(f'{out}: exists already; give another --out, or remove it')
+
 # %% ../nbs/13_tracking.ipynb #13-065
 def split(
     raw,  # a file of Alpaca rows, or what `load_alpaca` takes
@@ -411,10 +421,7 @@ def split(
 )->str:  # what was written
     "The previous article's data preparation: shuffle, hold rows back, write two files, log them."
     out, bad = Path(out), []
-    if track == 'wandb':
-        check_wandb(project)
-    if out.exists():
-        raise Refused(f'{out}: exists already; give another --out, or remove it')
+    check_split(out, project if track == 'wandb' else '')
     found = unsplit(raw, skip_bad_rows, bad, columns)
     ds = split_alpaca(found['train'], seed, n_eval)
     splits = dict(train=ds['train'], eval=ds['test'])

@@ -35,6 +35,8 @@ from .options import RunConfig, plan
 from .packing import PackedCollator, evaluating
 from .processes import (added, alone_on_cpu, everyone, gathered, is_first, processes, rank, reshard, shared,
                                  wants)
+
+# %% ../nbs/07_trainer.ipynb #07-003b
 # importable from here, as ever
 from .options import CHOICES, PRESETS, check_options, option_help, read_config  # noqa: F401
 
@@ -341,10 +343,9 @@ class OrderedTrainer(SFTTrainer):
         stream=None,  # PackedStream (appendix A11), if rows are read as they are needed
         **kw,  # passed on to SFTTrainer
     ):
-        pad_id = kw['processing_class'].pad_token_id
         self.cfg, self.start, self.stream = cfg, start, stream
-        collate = StepCollator(pad_id, cfg.loss_on, states, 1 if model.router_loss else 64)
-        super().__init__(model, data_collator=collate, **kw)
+        pad_id, multiple = kw['processing_class'].pad_token_id, 1 if model.router_loss else 64
+        super().__init__(model, data_collator=StepCollator(pad_id, cfg.loss_on, states, multiple), **kw)
         self.model_accepts_loss_kwargs = True  # count the step's labels and hand them to compute_loss
 
     def create_scheduler(self, num_training_steps, optimizer=None):

@@ -684,6 +684,7 @@ def test_remote_code_is_asked_for(typed, monkeypatch):
     monkeypatch.setattr(use, 'load_model', lambda name, dtype=None,
                         trust_remote_code=False: seen.append(trust_remote_code))
     monkeypatch.setattr(use, 'load_tokenizer', lambda name, trust: seen.append(trust))
+    monkeypatch.setattr(use, 'check_tokens', lambda name, model, tokenizer: None)
     use.load_both('run', trust_remote_code=typed)
     assert seen == [typed, typed]
 

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import several
@@ -71,6 +72,7 @@ def test_wandb_sync(tiny, rows, tmp_path, monkeypatch, capfd):
     run = tiny_run(tiny, rows, tmp_path/'run', track='wandb', save_every=2, log_model=True)
     shutil.rmtree(run.out/'model')
     shutil.rmtree(run.out/'checkpoints'/'step-4')
+    time.sleep(1)  # W&B names what it records by the second
     tiny_run(tiny, rows, tmp_path/'run', track='wandb', save_every=2, log_model=True, resume=True)
     told = re.findall('`wandb (sync .*)` sends it', capfd.readouterr().err)[-1].split()
     assert len(told) == 3
