@@ -897,6 +897,8 @@ def summary(
         said.append(f"{'  of the references':30}{np.median(first['references']):8.1f}")
     if len(runs) > 1:
         said += spread_lines(lines)
+    if about.get('chosen_on'):
+        said.append('the best weights were chosen on these rows (--final best), which flatters them a little')
     said += notes(each, other, len(rows), min(len(m['losses']) for m in each.values()), trained)
     result = dict(models=list(each), rows=len(rows), answered=n, measures=lines, references=first['references'])
     return result | about | dict(trained_on=trained), said
@@ -956,10 +958,11 @@ def how_measured(
     max_new_tokens:int,  # see `evaluate`
     data:str,  # see `evaluate`
     trained:dict,  # run: see `trained_on`
-)->dict:  # heads (of the two columns), max_new_tokens, data, held_out (or given), trained_on
+)->dict:  # heads (of the two columns), max_new_tokens, data, held_out (or given), trained_on, chosen_on
     "How an evaluation was made, for `summary` and for evaluation.json."
     return dict(heads=heads(configs, other), max_new_tokens=max_new_tokens, data=data or configs[0].get('data'),
-                held_out=not data, trained_on=trained)
+                held_out=not data, trained_on=trained,
+                chosen_on=not data and any(config.get('final') == 'best' for config in configs))
 
 # %% ../nbs/08_evaluate.ipynb #08-083-p3-s1-p1
 def leave(

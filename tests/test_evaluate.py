@@ -587,3 +587,11 @@ def test_one_run_in_two_spellings(seeds, here, command, monkeypatch):
     monkeypatch.chdir(seeds)
     code, out, err = command('evaluate', 'run1', 'run1/', './run1', '--max-new-tokens', 3, '--n-samples', 2)
     assert code == 0 and 'st. dev.' not in out, err
+
+
+def test_rows_that_chose_the_weights(begun_here, here, command):
+    train(RunConfig(model='tiny', out='r3', final='best', **begun_here), [])
+    words = ('--n-samples', 2, '--max-new-tokens', 3)
+    assert 'chosen on these rows' in command('evaluate', 'r3', *words)[1]
+    assert 'chosen on these rows' not in command('evaluate', 'r3', *words, '--data', 'builtin')[1]
+    assert 'chosen on these rows' not in command('evaluate', 'r1', *words)[1]
