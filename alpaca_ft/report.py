@@ -187,7 +187,8 @@ def settings(
         for name, value in v.items():
             if not isinstance(value, dict):  # the manifest repeats options and versions
                 flat[f'{k}.{name}'] = value
-    flat.pop('out', None)
+    for name in ('out', 'model_folder'):  # places on this machine
+        flat.pop(name, None)
     return flat
 
 # %% ../nbs/15_report.ipynb #15-035

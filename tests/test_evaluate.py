@@ -511,6 +511,7 @@ def begun_here(tiny, rows, here):
 def test_base_by_its_folder(begun_here, tiny, here, monkeypatch, command):
     "In another working directory its name may be another model, or none."
     evaluate('r1', n_samples=2, max_new_tokens=3)
+    assert str(here) in Path('r1/config.yaml').read_text() and str(here) not in Path('r1/report.html').read_text()
     was = json.loads(Path('r1/evaluation.json').read_text())['measures']
     for place in ('elsewhere', 'nowhere'):
         Path(place).mkdir()
