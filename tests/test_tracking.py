@@ -85,14 +85,8 @@ def test_wandb_sync(tiny, rows, tmp_path, monkeypatch, capfd):
     assert r.returncode == 0, r.stderr
     assert list(s.runs) == [(run.out/'wandb-id.txt').read_text().strip()]
     history = [json.loads(line) for line in next(iter(s.runs.values()))['wandb-history.jsonl']]
-    assert [h['train/global_step'] for h in history if 'train/loss' in h] == [
-        1,
-        2,
-        3,
-        4,
-        3,
-        4,
-    ]  # steps 3 and 4 again: they were trained again
+    steps = [h['train/global_step'] for h in history if 'train/loss' in h]
+    assert steps == [1, 2, 3, 4, 3, 4]  # 3 and 4 again: they were trained again
     assert [h['_step'] for h in history] == list(range(len(history)))
     losses = {h['train/global_step']: h['train/loss'] for h in history if 'train/loss' in h}
     metrics = [json.loads(line) for line in open(run.out/'metrics.jsonl')]
