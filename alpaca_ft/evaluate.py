@@ -711,6 +711,8 @@ def started_from(
 )->str:  # what `load_model` takes
     "The model that a run began with; raises `Refused` if it is not there any more, or has other weights."
     name, folder = config['model'], config.get('model_folder')
+    if name == 'demo':  # whatever folder has that name
+        return name
     there = [p for p in (folder, name) if p and Path(p).is_dir()]
     for path in there:
         if same_weights(path, weights_of(config)):
@@ -721,7 +723,7 @@ def started_from(
     if folder:
         raise Refused(f'{run}: the model that it started from is not in {folder} any more; put it back, '
                       'or name the model to compare with after --against')
-    return name  # the demo model, or an id of the hub
+    return name  # an id of the hub
 
 # %% ../nbs/08_evaluate.ipynb #08-sf3
 def base_of(

@@ -938,7 +938,7 @@ def write_start(
 )->None:
     "Write config.yaml and preflight.json."
     about = asdict(run.cfg) | dict(out=str(run.out), versions=versions(), manifest=asdict(run.manifest))
-    if Path(run.cfg.model).is_dir():  # the name alone means another folder elsewhere
+    if run.cfg.model != 'demo' and Path(run.cfg.model).is_dir():  # the name alone means another folder elsewhere
         about['model_folder'] = str(Path(run.cfg.model).resolve())
     if may_restart():
         about['launch'] = launch_name()

@@ -596,3 +596,10 @@ def test_rows_that_chose_the_weights(begun_here, here, command):
     assert 'chosen on these rows' in command('evaluate', 'r3', *words)[1]
     assert 'chosen on these rows' not in command('evaluate', 'r3', *words, '--data', 'builtin')[1]
     assert 'chosen on these rows' not in command('evaluate', 'r1', *words)[1]
+
+
+def test_demo_is_no_folder(here):
+    "A run of the demo model began with that, and not with a folder of the name that is there by chance."
+    from alpaca_ft.evaluate import started_from
+    (here/'demo').mkdir()
+    assert started_from('run', dict(model='demo', model_folder=str(here/'demo'))) == 'demo'
